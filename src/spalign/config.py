@@ -1,0 +1,294 @@
+"""The configuration of a run. Every option has a documented default; unknown keys are refused; nothing heavy is imported.
+
+The defaults are the `robust` recipe; `paper` is the method as published. They differ only in the options listed in `RECIPES`,
+each of which can be set by itself, so an ablation is one `--set`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from spalign.constitution import Constitution, load_constitution
+from spalign.errors import ConfigError
+from spalign.yamlfile import Location, build, load_yaml
+
+Scorer = Literal["yes_no", "likert"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "robust": {},
+    "paper": {
+        "self_evaluation": {"scorer": "likert", "thresholds": {}, "use_constitution_thresholds": False},
+        "refine": {"style": "paper", "drafts": 1},
+        "denoise": {"consistency": "strict", "tau_quantile": 0.32},
+        "pairs": {"delta": 1.0, "max_per_prompt": None, "balance_length": False},
+    },
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PromptSource(_Part):
+    """Where prompts come from: a shipped set (`high_stakes_train`, ...), a JSONL/CSV/Parquet file, or a hub data set."""
+
+    source: str
+    column: str = "prompt"
+    """Column with the prompt: text, or a list of {role, content} turns."""
+    split: str = "train"
+    """Split of a hub data set."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    limit: PositiveInt | None = None
+    """Take this many, spread evenly over intent and topic."""
+
+
+class PromptsConfig(_Part):
+    train: PromptSource = PromptSource(source="high_stakes_train")
+    heldout: PromptSource = PromptSource(source="high_stakes_heldout")
+    suffix: str = ""
+    """Added to the last user turn of every prompt, in sampling, training and evaluation alike."""
+    max_chars: PositiveInt = 20_000
+    """A longer prompt is refused."""
+
+
+class EngineConfig(_Part):
+    """How the model is run."""
+
+    kind: Literal["transformers"] = "transformers"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""
+    device: str = "auto"
+    batch_size: PositiveInt = 128
+    """Sequences that run through the model together."""
+    trust_remote_code: bool = False
+
+
+class SampleConfig(_Part):
+    """Diverse sampling: n responses a prompt."""
+
+    n: Annotated[int, Field(ge=2)] = 4
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Share = 0.95
+    max_new_tokens: PositiveInt = 256
+
+
+class SelfEvaluationConfig(_Part):
+    """How the policy scores responses, per objective."""
+
+    scorer: Scorer | dict[str, Scorer] = "yes_no"
+    """One way for all objectives, or {objective: way}."""
+    thresholds: dict[str, Annotated[float, Field(gt=0, le=10)]] = {}
+    """{objective: score from which it is met}, calibrated for this model; overrides the constitution's."""
+    use_constitution_thresholds: bool = True
+
+    def scorer_of(self, objective: str) -> Scorer:
+        return self.scorer[objective] if isinstance(self.scorer, dict) else self.scorer
+
+
+class RefineConfig(_Part):
+    """Self-refinement: one better response a prompt, and its placebo."""
+
+    style: Literal["principled", "paper"] = "principled"
+    drafts: PositiveInt = 2
+    """The best of this many drafts is the refined response; the placebo is the best of as many ordinary samples."""
+    placebo: bool = True
+
+
+class DenoiseConfig(_Part):
+    """Dual-criterion denoising."""
+
+    consistency: Literal["strict", "above_mean"] = "above_mean"
+    """strict: the refined response is above every candidate on every objective; above_mean: above the candidates' mean."""
+    tau: Annotated[float, Field(gt=0)] | None = None
+    """Upper bound of det(Sigma), in units of scale^(2k); excludes tau_quantile."""
+    tau_quantile: Share | None = None
+    """tau as this quantile of det(Sigma) over the run's consistent groups with det > 0."""
+    ddof: Literal[0, 1] = 1
+    scale: Annotated[float, Field(gt=0)] = 10.0
+    """Scores are expressed on 0..scale before Sigma is taken."""
+
+    @model_validator(mode="after")
+    def _one_tau(self) -> Self:
+        if self.tau is not None and self.tau_quantile is not None:
+            raise ValueError("tau and tau_quantile exclude each other; give one")
+        return self
+
+
+class PairsConfig(_Part):
+    """Preference pairs (SPA, Eq. 2)."""
+
+    delta: Annotated[float, Field(gt=0)] = 0.5
+    """Least margin, summed over objectives, in score points (0-10)."""
+    max_per_prompt: PositiveInt | None = 4
+    balance_length: bool = True
+    """As many pairs whose winner is shorter as pairs whose winner is longer."""
+
+
+class LoraConfig(_Part):
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class GuardConfig(_Part):
+    """Stops training on collapse. The probe: the policy answers a few training prompts, before training and as it goes."""
+
+    every_steps: PositiveInt = 10
+    prompts: PositiveInt = 16
+    max_length_ratio: Annotated[float, Field(gt=1)] = 1.6
+    """Mean words may grow or shrink by this factor."""
+    max_repetition_rise: Annotated[float, Field(gt=0)] = 0.15
+    """Rise of the share of repeated word 3-grams."""
+
+
+class TrainConfig(_Part):
+    """Uncertainty-guided SimPO (SPA, Eq. 3)."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    prompts_per_step: PositiveInt = 8
+    """Prompts (with all their pairs) in one optimiser step."""
+    prompts_per_forward: PositiveInt = 1
+    """Prompts in one forward pass; does not change the result."""
+    beta: Annotated[float, Field(gt=0)] = 2.5
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """Target margin, absolute (SimPO's recipes quote gamma/beta)."""
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    """Exponent of the weight; 0 is plain SimPO."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    guard: GuardConfig = GuardConfig()
+
+
+class EvaluationConfig(_Part):
+    """Before and after, on held-out prompts, judged by the frozen iteration-0 policy."""
+
+    samples: PositiveInt = 2
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples of prompts for the 95% intervals."""
+
+
+class RunConfig(_Part):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: str = "demo"
+    """Hub id, local folder, GGUF file, or `demo` (SmolLM2-135M-Instruct from its package)."""
+    constitution: str = "harmless_helpful"
+    """A shipped constitution or a YAML file."""
+    recipe: Literal["robust", "paper"] = "robust"
+    compare: tuple[Literal["robust", "paper"], ...] = ()
+    """Recipes whose yield on the same candidates is measured and printed beside this one's; not trained on."""
+    runs_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    iterations: PositiveInt = 1
+    new_prompts: bool = False
+    """Give every iteration its own share of the training prompts instead of the same ones."""
+    shard_size: PositiveInt = 32
+    """Prompts a part file; a kill loses at most one part of a stage."""
+    prompts: PromptsConfig = PromptsConfig()
+    engine: EngineConfig = EngineConfig()
+    sample: SampleConfig = SampleConfig()
+    self_evaluation: SelfEvaluationConfig = SelfEvaluationConfig()
+    refine: RefineConfig = RefineConfig()
+    denoise: DenoiseConfig = DenoiseConfig()
+    pairs: PairsConfig = PairsConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    def with_recipe(self, recipe: str) -> RunConfig:
+        """This run under another recipe: only the options in which recipes differ change."""
+        data = self.model_dump()
+        fresh = RunConfig(name=self.name).model_dump()
+        for options in RECIPES.values():
+            for part, keys in options.items():
+                data[part].update({k: fresh[part][k] for k in keys})
+        return RunConfig.model_validate(_merged(data, {**RECIPES[recipe], "recipe": recipe, "compare": ()}))
+
+    def constitution_for_run(self) -> Constitution:
+        """The constitution with this run's thresholds; raises ConfigError where the run names an objective it lacks."""
+        constitution = load_constitution(self.constitution)
+        own = self.self_evaluation
+        named = {**own.thresholds, **(own.scorer if isinstance(own.scorer, dict) else {})}
+        if unknown := sorted(set(named) - set(constitution.objective_names)):
+            raise ConfigError(
+                f"self_evaluation names the unknown objective '{unknown[0]}'",
+                hint=f"constitution '{constitution.name}' has: {', '.join(constitution.objective_names)}",
+            )
+        if isinstance(own.scorer, dict) and (missing := set(constitution.objective_names) - set(own.scorer)):
+            raise ConfigError(
+                f"self_evaluation.scorer says nothing about objective '{min(missing)}'", hint="name a scorer for every objective, or one for all"
+            )
+        objectives = tuple(
+            o.model_copy(update={"threshold": own.thresholds.get(o.name, o.threshold if own.use_constitution_thresholds else None)})
+            for o in constitution.objectives
+        )
+        for o in objectives:
+            if own.scorer_of(o.name) == "yes_no" and not o.exemplars:
+                raise ConfigError(
+                    f"constitution '{constitution.name}': objective '{o.name}' has no exemplars, which the yes_no scorer needs",
+                    hint="add at least one 'yes' and one 'no' exemplar, or set self_evaluation.scorer to likert",
+                )
+        return constitution.model_copy(update={"objectives": objectives})
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping."""
+    out = dict(base)
+    for key, value in over.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) and inner else value
+    return out
+
+
+def parse_set(text: str) -> tuple[list[str], Any]:
+    """`a.b=c` as (["a", "b"], c); the value is read as YAML, so numbers, lists and null work."""
+    key, eq, value = text.partition("=")
+    if not eq or not all(key.split(".")):
+        raise ConfigError(f"--set {text!r} is not KEY=VALUE", hint="for example --set train.learning_rate=1e-6")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML", hint="quote it for the shell, for example --set 'prompts.suffix=\"Be brief.\"'") from None
+    return key.split("."), parsed
+
+
+def load_config(path: str | Path, sets: tuple[str, ...] = ()) -> RunConfig:
+    """The run's configuration: recipe, then the file, then each `--set a.b=c`.
+
+    Raises ConfigError with every mistake at once, each with its line where it stands in the file.
+    """
+    data, lines = load_yaml(Path(path), ConfigError)
+    return config_from(data, sets, source=str(path), lines=lines)
+
+
+def config_from(data: Mapping[str, Any], sets: tuple[str, ...] = (), *, source: str = "config", lines: dict[Location, int] | None = None) -> RunConfig:
+    """As `load_config`, from a mapping."""
+    merged = dict(data)
+    for text in sets:
+        keys, value = parse_set(text)
+        nested: Any = value
+        for key in reversed(keys):
+            nested = {key: nested}
+        merged = _merged(merged, nested)
+        if lines:  # what --set says is not in the file: point at the flag instead of a line
+            lines = {at: line for at, line in lines.items() if at[: len(keys)] != tuple(keys)}
+    recipe = RECIPES.get(str(merged.get("recipe", "robust")), {})
+    return build(RunConfig, _merged(recipe, merged), source=source, lines=lines or {}, error=ConfigError)

@@ -1,0 +1,62 @@
+"""Every error spalign raises on purpose.
+
+    SpalignError                 where, what, and what to do (exit code 2)
+    |-- ConfigError              the run's configuration
+    |-- ConstitutionError        the constitution file
+    |-- PromptError              the prompts that the user brought
+    |-- ModelError               a model or tokenizer that cannot be used
+    |-- EngineError              an engine that lacks what a stage needs, or failed
+    |-- RunFolderError           the run folder: locked, read-only, full, or of another run
+    |-- DataError                preference rows that cannot be trained on
+    `-- NothingToTrainOn         no pair survived, or training left no model (exit code 3)
+"""
+
+from __future__ import annotations
+
+
+class SpalignError(Exception):
+    """An error with a fix: `message` says where and what, `hint` what to do."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(SpalignError):
+    """The run's configuration is wrong."""
+
+
+class ConstitutionError(SpalignError):
+    """The constitution is wrong."""
+
+
+class PromptError(SpalignError):
+    """A prompt file, a row of it, or a prompt cannot be used."""
+
+
+class ModelError(SpalignError):
+    """A model or its tokenizer cannot be found or used."""
+
+
+class EngineError(SpalignError):
+    """An engine lacks a capability that a stage needs, or failed."""
+
+
+class RunFolderError(SpalignError):
+    """The run folder cannot be used: locked, read-only, full, or of another run."""
+
+
+class DataError(SpalignError):
+    """Preference rows cannot be trained on."""
+
+
+class NothingToTrainOn(SpalignError):
+    """No pair survived denoising and pairing, or training left no model that can be handed over."""
+
+    exit_code = 3

@@ -1,0 +1,33 @@
+"""Text that came from a model or a user is hostile: make it safe to print, to compare and to put on one line."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_WORD = re.compile(r"\w+", re.UNICODE)
+
+
+def printable(text: str) -> str:
+    """`text` without control, format and private characters, so that it cannot drive a terminal; newlines and tabs stay."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def one_line(text: str) -> str:
+    """`text` on one line: a response cannot forge a line such as "Answer: Yes" in a judge's prompt."""
+    return " ".join(text.split())
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, punctuation left out."""
+    return _WORD.findall(text.lower())
+
+
+def word_ngrams(text: str, n: int = 3) -> set[tuple[str, ...]]:
+    """The set of word n-grams; of a text shorter than n words, the one shorter n-gram."""
+    w = words(text)
+    return {tuple(w[i : i + n]) for i in range(max(1, len(w) - n + 1))} if w else set()
+
+
+def shorten(text: str, limit: int = 400) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,105 @@
+"""YAML read with line numbers, checked by pydantic, every mistake reported at once with its line and a fix."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from spalign.errors import SpalignError
+
+Location = tuple[str | int, ...]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_text(path: Path, error: type[SpalignError]) -> str:
+    """The file's text; a missing, unreadable or wrongly encoded file is an `error` that says which."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = path.read_bytes()[: e.start].count(b"\n") + 1
+        raise error(f"{path}:{line}: not valid UTF-8 (byte {e.start})", hint="save the file as UTF-8") from None
+    except FileNotFoundError:
+        raise error(f"{path}: no such file", hint="check the path; it is relative to the folder you stand in") from None
+    except OSError as e:
+        raise error(f"{path}: cannot be read ({e.strerror})", hint="check that it is a file you may read") from None
+
+
+def load_yaml(path: Path, error: type[SpalignError]) -> tuple[dict[str, Any], dict[Location, int]]:
+    """The mapping in the file, and the line (from 1) of every key and item in it."""
+    text = read_text(path, error)
+    lines: dict[Location, int] = {}
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None:
+            _collect_lines(node, (), lines, str(path), error)
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as e:
+        at = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise error(f"{path}{at}: not valid YAML: {e.problem}", hint="indent with spaces; quote text that holds ': ' or '#'") from None
+    except yaml.YAMLError as e:
+        raise error(f"{path}: not valid YAML: {e}", hint="the file holds characters that YAML does not allow") from None
+    if not isinstance(data, dict):
+        raise error(f"{path}: expected 'key: value' lines, found {type(data).__name__}", hint="start from configs/demo.yaml")
+    return data, lines
+
+
+def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int], path: str, error: type[SpalignError]) -> None:
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, key.value)
+            if here in lines:
+                raise error(f"{path}:{key.start_mark.line + 1}: '{key.value}' stands twice", hint="keep one of the two")
+            lines[here] = key.start_mark.line + 1
+            _collect_lines(value, here, lines, path, error)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _collect_lines(item, (*at, i), lines, path, error)
+
+
+def build(model: type[Model], data: dict[str, Any], *, source: str, lines: dict[Location, int], error: type[SpalignError]) -> Model:
+    """`data` as a checked `model`; all mistakes in one `error`, each with its line where the file has one."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as e:
+        problems = [_describe(model, p["loc"], p["type"], p["msg"], source, lines) for p in e.errors()]
+    many = f"{len(problems)} mistakes:\n" if len(problems) > 1 else ""
+    raise error(many + "\n".join(problems), hint="mend the lines above") from None
+
+
+def _describe(model: type[BaseModel], loc: Location, kind: str, message: str, source: str, lines: dict[Location, int]) -> str:
+    named = ".".join(str(p) for p in loc)
+    known = next((loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines), None)
+    where = f"{source}:{lines[known]}" if known is not None else source
+    if kind == "extra_forbidden":
+        names = _field_names(model, loc[:-1])
+        close = difflib.get_close_matches(str(loc[-1]), names, n=1)
+        does = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(names)}"
+        return f"{where}: unknown key '{named}'; {does}"
+    if kind == "missing":
+        return f"{where}: '{named}' is missing"
+    return f"{where}: {named or 'file'}: {message.removeprefix('Value error, ')}"
+
+
+def _field_names(model: type[BaseModel], loc: Location) -> list[str]:
+    """The fields of the model that stands at `loc` inside `model`."""
+    current: type[BaseModel] | None = model
+    for part in loc:
+        if current is None or isinstance(part, int):
+            continue
+        field = current.model_fields.get(part)
+        current = _model_in(field.annotation) if field else None
+    return list(current.model_fields) if current else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := _model_in(inner):
+            return found
+    return None
