@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from spalign.constitution import Constitution, load_constitution
 from spalign.errors import ConfigError
@@ -26,14 +26,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "self_evaluation": {"scorer": "likert", "thresholds": {}, "use_constitution_thresholds": False},
         "refine": {"style": "paper", "drafts": 1},
-        "denoise": {"consistency": "strict", "tau_quantile": 0.32},
+        "denoise": {"consistency": "strict", "tau": None, "tau_quantile": 0.32},
         "pairs": {"delta": 1.0, "max_per_prompt": None, "balance_length": False},
     },
 }
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PromptSource(_Part):
@@ -57,6 +57,13 @@ class PromptsConfig(_Part):
     """Added to the last user turn of every prompt, in sampling, training and evaluation alike."""
     max_chars: PositiveInt = 20_000
     """A longer prompt is refused."""
+
+    @field_validator("train", "heldout", mode="before")
+    @classmethod
+    def _source_has_a_default(cls, value: Any, info: ValidationInfo) -> Any:
+        """So that `--set prompts.train.limit=32` is enough."""
+        default = cls.model_fields[str(info.field_name)].default
+        return {"source": default.source, **value} if isinstance(value, Mapping) else value
 
 
 class EngineConfig(_Part):
@@ -118,7 +125,7 @@ class DenoiseConfig(_Part):
     @model_validator(mode="after")
     def _one_tau(self) -> Self:
         if self.tau is not None and self.tau_quantile is not None:
-            raise ValueError("tau and tau_quantile exclude each other; give one")
+            raise ValueError("tau and tau_quantile exclude each other; set one of them to null (recipe 'paper' gives tau_quantile)")
         return self
 
 
@@ -234,7 +241,8 @@ class RunConfig(_Part):
             )
         if isinstance(own.scorer, dict) and (missing := set(constitution.objective_names) - set(own.scorer)):
             raise ConfigError(
-                f"self_evaluation.scorer says nothing about objective '{min(missing)}'", hint="name a scorer for every objective, or one for all"
+                f"self_evaluation.scorer says nothing about objective '{min(missing)}'",
+                hint="name a scorer for every objective, or one for all",
             )
         objectives = tuple(
             o.model_copy(update={"threshold": own.thresholds.get(o.name, o.threshold if own.use_constitution_thresholds else None)})
@@ -265,8 +273,10 @@ def parse_set(text: str) -> tuple[list[str], Any]:
         raise ConfigError(f"--set {text!r} is not KEY=VALUE", hint="for example --set train.learning_rate=1e-6")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML", hint="quote it for the shell, for example --set 'prompts.suffix=\"Be brief.\"'") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(
+            f"--set {text!r}: the value is not valid YAML", hint="quote it for the shell, for example --set 'prompts.suffix=\"Be brief.\"'"
+        ) from None
     return key.split("."), parsed
 
 
@@ -279,16 +289,20 @@ def load_config(path: str | Path, sets: tuple[str, ...] = ()) -> RunConfig:
     return config_from(data, sets, source=str(path), lines=lines)
 
 
-def config_from(data: Mapping[str, Any], sets: tuple[str, ...] = (), *, source: str = "config", lines: dict[Location, int] | None = None) -> RunConfig:
+def config_from(
+    data: Mapping[str, Any], sets: tuple[str, ...] = (), *, source: str = "config", lines: dict[Location, int] | None = None
+) -> RunConfig:
     """As `load_config`, from a mapping."""
     merged = dict(data)
+    places: dict[Location, int | str] = dict(lines or {})
     for text in sets:
         keys, value = parse_set(text)
         nested: Any = value
         for key in reversed(keys):
             nested = {key: nested}
         merged = _merged(merged, nested)
-        if lines:  # what --set says is not in the file: point at the flag instead of a line
-            lines = {at: line for at, line in lines.items() if at[: len(keys)] != tuple(keys)}
+        # what --set says is not in the file: point at the flag instead of a line
+        places = {at: place for at, place in places.items() if at[: len(keys)] != tuple(keys)}
+        places[tuple(keys)] = f"--set {text}"
     recipe = RECIPES.get(str(merged.get("recipe", "robust")), {})
-    return build(RunConfig, _merged(recipe, merged), source=source, lines=lines or {}, error=ConfigError)
+    return build(RunConfig, _merged(recipe, merged), source=source, lines=places, error=ConfigError)

@@ -24,7 +24,7 @@ YesNo = Annotated[Literal["yes", "no"], BeforeValidator(_yes_no)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True)
 
 
 class Exemplar(_Part):
@@ -107,7 +107,9 @@ class Constitution(_Part):
 
 def shipped() -> tuple[str, ...]:
     """Names of the constitutions in the package."""
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in files("spalign").joinpath("constitutions").iterdir() if f.name.endswith(".yaml")))
+    return tuple(
+        sorted(f.name.removesuffix(".yaml") for f in files("spalign").joinpath("constitutions").iterdir() if f.name.endswith(".yaml"))
+    )
 
 
 def load_constitution(name_or_path: str) -> Constitution:
@@ -120,6 +122,8 @@ def load_constitution(name_or_path: str) -> Constitution:
     else:
         path = Path(name_or_path)
         if not path.suffix and not path.exists():
-            raise ConstitutionError(f"no constitution '{name_or_path}'", hint=f"give a path to a YAML file, or one of: {', '.join(shipped())}")
+            raise ConstitutionError(
+                f"no constitution '{name_or_path}'", hint=f"give a path to a YAML file, or one of: {', '.join(shipped())}"
+            )
     data, lines = load_yaml(path, ConstitutionError)
     return build(Constitution, data, source=str(path), lines=lines, error=ConstitutionError)

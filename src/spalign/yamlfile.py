@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ def read_text(path: Path, error: type[SpalignError]) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        line = path.read_bytes()[: e.start].count(b"\n") + 1
+        line = e.object[: e.start].count(b"\n") + 1
         raise error(f"{path}:{line}: not valid UTF-8 (byte {e.start})", hint="save the file as UTF-8") from None
     except FileNotFoundError:
         raise error(f"{path}: no such file", hint="check the path; it is relative to the folder you stand in") from None
@@ -33,15 +34,19 @@ def load_yaml(path: Path, error: type[SpalignError]) -> tuple[dict[str, Any], di
     text = read_text(path, error)
     lines: dict[Location, int] = {}
     try:
+        data = yaml.safe_load(text)  # first: it refuses keys that are lists
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None:
             _collect_lines(node, (), lines, str(path), error)
-        data = yaml.safe_load(text)
     except yaml.MarkedYAMLError as e:
         at = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
         raise error(f"{path}{at}: not valid YAML: {e.problem}", hint="indent with spaces; quote text that holds ': ' or '#'") from None
     except yaml.YAMLError as e:
         raise error(f"{path}: not valid YAML: {e}", hint="the file holds characters that YAML does not allow") from None
+    except ValueError as e:  # what looks like a date and is none
+        raise error(f"{path}: not valid YAML: {e}", hint="quote what looks like a date but is text") from None
+    except RecursionError:
+        raise error(f"{path}: nested too deeply, or an anchor holds itself", hint="write it out with fewer levels") from None
     if not isinstance(data, dict):
         raise error(f"{path}: expected 'key: value' lines, found {type(data).__name__}", hint="start from configs/demo.yaml")
     return data, lines
@@ -61,20 +66,25 @@ def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int], pa
             _collect_lines(item, (*at, i), lines, path, error)
 
 
-def build(model: type[Model], data: dict[str, Any], *, source: str, lines: dict[Location, int], error: type[SpalignError]) -> Model:
-    """`data` as a checked `model`; all mistakes in one `error`, each with its line where the file has one."""
+def build(
+    model: type[Model], data: dict[str, Any], *, source: str, lines: Mapping[Location, int | str], error: type[SpalignError]
+) -> Model:
+    """`data` as a checked `model`; all mistakes in one `error`, each with where it stands: a line of `source`, or as `lines` says."""
     try:
         return model.model_validate(data)
     except ValidationError as e:
-        problems = [_describe(model, p["loc"], p["type"], p["msg"], source, lines) for p in e.errors()]
+        found = [(p["loc"], p["type"], p["msg"]) for p in e.errors()]
+    inner = {loc[:n] for loc, _, _ in found for n in range(len(loc))}
+    # a list whose only item is wrong is also "too short" to pydantic; the item's own mistake says it all
+    problems = [_describe(model, *p, source, lines) for p in found if not (p[1] == "too_short" and p[0] in inner)]
     many = f"{len(problems)} mistakes:\n" if len(problems) > 1 else ""
     raise error(many + "\n".join(problems), hint="mend the lines above") from None
 
 
-def _describe(model: type[BaseModel], loc: Location, kind: str, message: str, source: str, lines: dict[Location, int]) -> str:
-    named = ".".join(str(p) for p in loc)
-    known = next((loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines), None)
-    where = f"{source}:{lines[known]}" if known is not None else source
+def _describe(model: type[BaseModel], loc: Location, kind: str, message: str, source: str, lines: Mapping[Location, int | str]) -> str:
+    named = ".".join(str(p) for p in loc if "[" not in str(p))  # without pydantic's names for the sides of a union
+    at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), None)
+    where = f"{source}:{at}" if isinstance(at, int) else at or source
     if kind == "extra_forbidden":
         names = _field_names(model, loc[:-1])
         close = difflib.get_close_matches(str(loc[-1]), names, n=1)

@@ -1,0 +1,1 @@
+"""Where text and probabilities come from. Engines know nothing of SPA."""

@@ -1,0 +1,244 @@
+"""The transformers engine, on CPU and CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from spalign.config import EngineConfig
+from spalign.engines.attention import register
+from spalign.engines.base import Capability, Completion, GenerateRequest
+from spalign.engines.models import resolve
+from spalign.engines.sampling import next_tokens, uniforms
+from spalign.errors import EngineError, ModelError
+from spalign.types import Message
+
+_SHARE_FROM = 16  # a common prefix shorter than this is not worth a pass of its own
+_PROMPT_TOKENS = 16_384  # most prompt tokens in one forward pass
+
+
+class TransformersEngine:
+    """Batches by length; the samples of one prompt, and prompts that begin alike, share their prefill; completions stream out."""
+
+    name = "transformers"
+    capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs"})
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 128) -> None:
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template", hint="use an instruct model, or set tokenizer.chat_template and save it"
+            )
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        self._eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        if not self._eos:
+            raise ModelError(f"{tokenizer.name_or_path}: no end-of-sequence token", hint="set tokenizer.eos_token and save the tokenizer")
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._eos)
+        self._special = [t for t in tokenizer.all_special_tokens if t]
+
+    @classmethod
+    def load(cls, name: str, config: EngineConfig) -> TransformersEngine:
+        """Load a model by name (see `spalign.engines.models`). Raises ModelError with what to do."""
+        model, tokenizer = load_model(name, config, dtype=inference_dtype(config))
+        return cls(model.eval(), tokenizer, batch_size=config.batch_size)
+
+    @property
+    def window(self) -> int:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else 1 << 20
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        turns = [{"role": m.role, "content": self._defused(m.content)} for m in messages]
+        try:
+            return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+        except Exception as e:  # jinja raises what the template asks it to
+            raise ModelError(f"the chat template refused the conversation: {e}", hint="some models take no system turn; see the constitution's system_variants") from e
+
+    def encode_response(self, text: str) -> list[int]:
+        ids = self.tokenizer(self._defused(text), add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else min(self._eos)]
+
+    def _defused(self, text: str) -> str:
+        """`text` in which nothing reads as a special token: a prompt or a response cannot open or close a turn."""
+        for token in self._special:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
+        work = [(self.encode_chat(r.messages), r, i) for r in requests for i in range(len(r.seeds))]
+        for ids, request, _ in work:
+            if len(ids) + request.sampling.max_new_tokens > self.window:
+                raise EngineError(
+                    f"prompt '{request.id}' has {len(ids)} tokens; with max_new_tokens {request.sampling.max_new_tokens} it exceeds the model's window "
+                    f"of {self.window}",
+                    hint="shorten or drop the prompt, or lower sample.max_new_tokens",
+                )
+        work.sort(key=lambda w: (w[1].sampling.max_new_tokens, len(w[0]), w[1].id, w[2]))
+        for start in range(0, len(work), self.batch_size):
+            yield from self._generate_batch(work[start : start + self.batch_size])
+
+    def _generate_batch(self, work: list[tuple[list[int], GenerateRequest, int]]) -> Iterator[Completion]:
+        rows = list(range(len(work)))  # row of the batch -> index into `work`
+        tokens: list[list[int]] = [[] for _ in work]
+        limits = [request.sampling.max_new_tokens for _, request, _ in work]
+        u = torch.stack([torch.from_numpy(uniforms(r.seeds[i], max(limits))) for _, r, i in work]).to(self.model.device)
+        sampling = [request.sampling for _, request, _ in work]
+        if len({(s.temperature, s.top_p) for s in sampling}) > 1:
+            raise EngineError("requests of one call must share temperature and top_p", hint="call generate once per setting")
+        logits, cache, mask = self._prefill([ids for ids, _, _ in work])
+        done: set[int] = set()
+        for step in range(max(limits)):
+            new = next_tokens(logits, u[rows, step], temperature=sampling[0].temperature, top_p=sampling[0].top_p)
+            for row, token in zip(rows, new.tolist(), strict=True):
+                if row in done:
+                    continue
+                tokens[row].append(token)
+                if token in self._eos or len(tokens[row]) == limits[row]:
+                    done.add(row)
+                    yield self._completion(work[row], tokens[row])
+            if len(done) == len(work):
+                return
+            if len(rows) - sum(r in done for r in rows) <= 0.8 * len(rows):  # drop finished rows now and then, not one by one
+                keep = [i for i, row in enumerate(rows) if row not in done]
+                index = torch.tensor(keep, device=new.device)
+                cache.batch_select_indices(index)
+                mask, new, rows = mask[index], new[index], [rows[i] for i in keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(new.unsqueeze(1), mask, cache)
+
+    def _completion(self, work: tuple[list[int], GenerateRequest, int], tokens: list[int]) -> Completion:
+        _, request, index = work
+        finished = tokens[-1] in self._eos
+        text = self.tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True).strip()
+        return Completion(request.id, index, text, tuple(tokens), finished)
+
+    @torch.inference_mode()
+    def choice_logprobs(self, texts: Sequence[str], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
+        choice_ids = [self._one_token(c) for c in choices]
+        encoded = [self.tokenizer(t, split_special_tokens=True)["input_ids"] for t in texts]
+        out: list[tuple[float, ...] | None] = [None] * len(texts)
+        todo = sorted((i for i, ids in enumerate(encoded) if len(ids) < self.window), key=lambda i: (len(encoded[i]), encoded[i]))
+        for batch in self._by_tokens(todo, encoded):
+            logits, _, _ = self._prefill([encoded[i] for i in batch])
+            log_probs = logits.float().log_softmax(-1)[:, choice_ids].tolist()
+            for i, row in zip(batch, log_probs, strict=True):
+                out[i] = tuple(row)
+        return out
+
+    def _one_token(self, choice: str) -> int:
+        ids = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise EngineError(f"the choice {choice!r} is {len(ids)} tokens for this tokenizer, not one", hint="use the likert scorer for this model")
+        return int(ids[0])
+
+    def _by_tokens(self, order: list[int], encoded: list[list[int]]) -> Iterator[list[int]]:
+        """`order` (by length) in batches of at most batch_size rows and about _PROMPT_TOKENS tokens."""
+        batch: list[int] = []
+        for i in order:
+            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * len(encoded[i]) > _PROMPT_TOKENS):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Next-token logits (rows, vocabulary), the cache and its mask (rows, keys) after `prompts`; equal prompts run once."""
+        distinct = sorted(set(map(tuple, prompts)))
+        position = {p: i for i, p in enumerate(distinct)}
+        shared = _common_prefix(distinct)
+        cache = DynamicCache(config=self.model.config)
+        device = self.model.device
+        mask = torch.ones(len(distinct), shared, dtype=torch.long, device=device)
+        if shared:
+            head = torch.tensor([distinct[0][:shared]], device=device)
+            self._forward(head, torch.ones_like(head), cache)
+            cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=device))
+        rest = [list(p[shared:]) for p in distinct]
+        width = max(map(len, rest))
+        ids = torch.tensor([[self._pad] * (width - len(r)) + r for r in rest], device=device)
+        own = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rest], device=device)
+        mask = torch.cat([mask, own], dim=1)
+        logits = self._forward(ids, mask, cache)
+        if len(distinct) < len(prompts):
+            index = torch.tensor([position[tuple(p)] for p in prompts], device=device)
+            cache.batch_select_indices(index)
+            logits, mask = logits[index], mask[index]
+        elif [tuple(p) for p in prompts] != distinct:
+            index = torch.tensor([position[tuple(p)] for p in prompts], device=device)
+            cache.batch_select_indices(index)
+            logits, mask = logits[index], mask[index]
+        return logits, cache, mask
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits (rows, vocabulary) after the last of `ids` (rows, new); mask: (rows, cached + new), 0 where padded."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with self._precision():
+            out: Any = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """A model in training keeps float32 weights; it still answers in the precision that it is trained in."""
+        if self.model.dtype == torch.float32 and self.autocast is not None:
+            return torch.autocast(self.model.device.type, dtype=self.autocast)
+        return contextlib.nullcontext()
+
+    autocast: torch.dtype | None = None
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many leading tokens all (sorted) prompts share and may run once: at least one token stays for each prompt's own pass."""
+    if len(prompts) < 2:
+        return 0
+    first, last = prompts[0], prompts[-1]  # sorted: what these two share, all share
+    n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    n = min(n, min(map(len, prompts)) - 1)
+    return n if n >= _SHARE_FROM else 0
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bfloat16 is the fast type there: CUDA from Ampere, CPUs with AMX or AVX512-BF16."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    if device != "cpu":
+        return False
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16") or known.get("bf16"))
+
+
+def device_of(config: EngineConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inference_dtype(config: EngineConfig) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if fast_bf16(device_of(config)) else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, ready on the device. Raises ModelError with what to do."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    where = resolve(name, trust_remote_code=config.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True, attn_implementation=register()
+        )
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise ModelError(
+            f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}", hint="check the name, your network and your access to the hub; or use a local folder"
+        ) from e
+    return model.to(device_of(config)), tokenizer

@@ -1,0 +1,195 @@
+"""Dual-criterion denoising (SPA, "Dual-Criterion Denoising"): which groups are worth learning from, and why the others are not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spalign.config import DenoiseConfig
+from spalign.constitution import Objective
+from spalign.preference.order import SLACK, is_scored, level, met, score_of
+from spalign.types import SCORE_MAX, DropReason, PromptGroup, Response
+
+Consistency = Literal["strict", "above_mean"]
+Problem = tuple[DropReason, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What denoising says of one group.
+
+    reason: why it is dropped (None: kept); detail: the same in words and numbers.
+    det: det(Sigma) of its candidates, in units of scale^(2k); None where the group left before it could be taken.
+    """
+
+    group: PromptGroup
+    reason: DropReason | None
+    det: float | None
+    detail: str
+
+    @property
+    def kept(self) -> bool:
+        return self.reason is None
+
+
+def denoise(groups: Sequence[PromptGroup], objectives: Sequence[Objective], config: DenoiseConfig) -> list[Verdict]:
+    """One verdict a group, in order: consistent, and 0 < det(Sigma) <= tau."""
+    verdicts = [check(group, objectives, config, None) for group in groups]
+    tau = resolve_tau([v.det for v in verdicts if v.kept and v.det is not None], config)
+    return [_bounded(v, tau) for v in verdicts]
+
+
+def check(group: PromptGroup, objectives: Sequence[Objective], config: DenoiseConfig, tau: float | None) -> Verdict:
+    """The verdict on one group under a known tau (None: no upper bound). The first thing that fails gives the reason."""
+    if problem := _incomplete(group) or _unscored(group, objectives):
+        return Verdict(group, problem[0], None, problem[1])
+    assert group.refined is not None  # or it would be incomplete
+    candidates = usable_candidates(group, objectives)
+    det = covariance_det([[score_of(c, o) for o in objectives] for c in candidates], ddof=config.ddof, scale=config.scale)
+    problem = _inconsistent(group.refined, candidates, objectives, config.consistency)
+    if not problem and det == 0:
+        problem = DropReason.UNINFORMATIVE, f"det(Sigma) = 0 over {len(candidates)} candidates and {len(objectives)} objective(s)"
+    reason, detail = problem or (None, "")
+    return _bounded(Verdict(group, reason, det, detail), tau)
+
+
+def usable(responses: Iterable[Response | None], objectives: Sequence[Objective]) -> tuple[Response, ...]:
+    """Those that may be compared and trained on: there, finished, not blank, scored on every objective."""
+    return tuple(r for r in responses if r is not None and _complete(r) and is_scored(r, objectives))
+
+
+def usable_candidates(group: PromptGroup, objectives: Sequence[Objective]) -> tuple[Response, ...]:
+    """The candidates that denoising and pairing look at."""
+    return usable(group.candidates, objectives)
+
+
+def dominates(refined: Response, candidates: Sequence[Response], objectives: Sequence[Objective], consistency: Consistency) -> bool:
+    """The consistency rule: on every objective the refined response is above the candidates' max (strict) or mean (above_mean).
+
+    Levels are compared; a threshold that the refined response meets asks for nothing more. Without thresholds and
+    resolutions, `strict` is the paper's rule: s~ > max_i s^(i) on every axis. At least one candidate is needed.
+    """
+    return all(_passes(score_of(refined, o), candidates, o, consistency) for o in objectives)
+
+
+def consistent_yield(
+    groups: Sequence[PromptGroup],
+    objectives: Sequence[Objective],
+    config: DenoiseConfig,
+    *,
+    of: Literal["refined", "placebo"] = "refined",
+) -> tuple[int, int]:
+    """(passed, tested): groups whose refined response, or placebo put in its place, passes the consistency rule.
+
+    Tested are those in which it is usable and has at least two usable candidates to be compared with.
+    """
+    passed = [
+        dominates(response, candidates, objectives, config.consistency)
+        for group in groups
+        for response in usable([group.refined if of == "refined" else group.placebo], objectives)
+        if len(candidates := usable_candidates(group, objectives)) >= 2
+    ]
+    return sum(passed), len(passed)
+
+
+def covariance_det(rows: Sequence[Sequence[float]], *, ddof: int, scale: float) -> float:
+    """det(Sigma), the k x k covariance of SPA, Eq. 1, in units of scale^(2k).
+
+    rows: (n, k), a row a candidate, raw scores on 0..10; they are expressed on 0..scale. Fewer than ddof + 1 rows give 0.
+    Floats are binary fractions, so all is done in integers and rounded once: the order of rows cannot matter, and collinear
+    integer scores give exactly 0. Scores that are not integers carry rounding error of their own: there det <= 1e-12 times
+    the product of the variances (1 - r^2 <= 1e-12 for k = 2) counts as exactly 0.
+    """
+    n, k = len(rows), len(rows[0]) if rows else 0
+    if n < ddof + 1:
+        return 0.0
+    ratios = [[x.as_integer_ratio() for x in row] for row in rows]
+    unit = max(den for row in ratios for _, den in row)  # denominators are powers of two: the greatest is common to all
+    columns = list(zip(*[[num * (unit // den) for num, den in row] for row in ratios], strict=True))
+    # n S - s s^T = n (n - ddof) unit^2 Sigma
+    scatter = [[n * sum(x * y for x, y in zip(a, b, strict=True)) - sum(a) * sum(b) for b in columns] for a in columns]
+    variances = math.prod(scatter[i][i] for i in range(k))
+    det = _gram_det(scatter)
+    if unit > 1 and det * 10**12 <= variances:
+        return 0.0
+    denominator: int = (n * (n - ddof) * unit**2) ** k
+    return det / denominator * (scale / SCORE_MAX) ** (2 * k)
+
+
+def _gram_det(matrix: list[list[int]]) -> int:
+    """Exact determinant of a positive semi-definite integer matrix (Bareiss); a zero pivot there means that it is singular."""
+    m, last = matrix, 1
+    while len(m) > 1:
+        (pivot, *top), below = m[0], m[1:]
+        if pivot == 0:
+            return 0
+        m = [[(x * pivot - row[0] * y) // last for x, y in zip(row[1:], top, strict=True)] for row in below]
+        last = pivot
+    return m[0][0]
+
+
+def resolve_tau(dets: Sequence[float], config: DenoiseConfig) -> float | None:
+    """tau: the configured one, or a quantile (linear interpolation) of the consistent groups' positive det(Sigma); None: no bound."""
+    ordered = sorted(d for d in dets if d > 0)
+    if config.tau is not None or config.tau_quantile is None or not ordered:
+        return config.tau
+    position = round(config.tau_quantile * (len(ordered) - 1), 9)  # 0.29 * 100 is 28.999999999999996
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def _complete(response: Response) -> bool:
+    return response.finished and bool(response.text.strip())
+
+
+def _passes(score: float, candidates: Sequence[Response], objective: Objective, consistency: Consistency) -> bool:
+    """The consistency rule for a refined response with this score, on one objective."""
+    if met(score, objective):
+        return True
+    mine, theirs = level(score, objective), [level(score_of(c, objective), objective) for c in candidates]
+    if consistency == "strict":
+        return mine > max(theirs)
+    return math.fsum(mine - x for x in theirs) > SLACK * len(theirs)
+
+
+def _incomplete(group: PromptGroup) -> Problem | None:
+    if group.refined is None or not group.refined.text.strip():
+        return DropReason.EMPTY, "no refined response" if group.refined is None else "the refined response is blank"
+    if not group.refined.finished:
+        return DropReason.TRUNCATED, "the refined response was cut off"
+    if (complete := sum(map(_complete, group.candidates))) < 2:
+        cut = any(not c.finished for c in group.candidates)
+        detail = f"{complete} of {len(group.candidates)} candidates are finished and not blank; two are needed"
+        return DropReason.TRUNCATED if cut else DropReason.EMPTY, detail
+    return None
+
+
+def _unscored(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
+    if not usable([group.refined], objectives):
+        return DropReason.UNSCORED, "the refined response lacks a score"
+    if (scored := len(usable_candidates(group, objectives))) < 2:
+        return DropReason.UNSCORED, f"{scored} of {len(group.candidates)} candidates are usable and scored; two are needed"
+    return None
+
+
+def _inconsistent(
+    refined: Response, candidates: Sequence[Response], objectives: Sequence[Objective], consistency: Consistency
+) -> Problem | None:
+    """CEILING where not even SCORE_MAX would have passed on some objective: the scale is at fault, not the refined response."""
+    bar = "max" if consistency == "strict" else "mean"
+    failed = [o for o in objectives if not _passes(score_of(refined, o), candidates, o, consistency)]
+    for o in failed:
+        if not _passes(SCORE_MAX, candidates, o, consistency):
+            return DropReason.CEILING, f"{o.name}: the candidates' {bar} is at the top of the scale"
+    if failed:
+        return DropReason.NOT_DOMINATING, f"{', '.join(o.name for o in failed)}: not above the candidates' {bar}"
+    return None
+
+
+def _bounded(verdict: Verdict, tau: float | None) -> Verdict:
+    if verdict.kept and verdict.det is not None and tau is not None and verdict.det > tau:
+        return Verdict(verdict.group, DropReason.UNSTABLE, verdict.det, f"det(Sigma) = {verdict.det:g} > tau = {tau:g}")
+    return verdict

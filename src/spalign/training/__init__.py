@@ -1,0 +1,1 @@
+"""Training: the loss, the batches, the trainer. Importing this package loads torch."""
