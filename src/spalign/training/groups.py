@@ -1,0 +1,106 @@
+"""From preference rows to groups: a prompt with its distinct responses and the pairs between them.
+
+A response that stands in ten pairs needs one forward pass, not ten.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spalign.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[Any], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPair:
+    """chosen, rejected: indices into the group's responses. gap: Delta_i of Eq. 3, in score points (1 where the data has none)."""
+
+    chosen: int
+    rejected: int
+    gap: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingGroup:
+    """prompt: token ids, template and BOS included. responses: distinct token ids, EOS included. name: for messages."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    pairs: tuple[TrainingPair, ...]
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One preference row as token ids."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    gap: float | None
+    name: str
+
+
+def group_rows(rows: Iterable[EncodedRow], *, max_length: int, needs_gap: bool) -> tuple[list[TrainingGroup], Counter[str]]:
+    """Groups in order of first appearance, and how many rows were dropped for which reason.
+
+    Dropped and counted: empty completions, rows longer than `max_length` tokens, identical sides. Raises DataError where a gap
+    is needed (alpha > 0) and missing, negative or not finite.
+    """
+    dropped: Counter[str] = Counter()
+    by_prompt: dict[tuple[int, ...], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], float], str]] = {}
+    for row in rows:
+        if needs_gap and (row.gap is None or not math.isfinite(row.gap) or row.gap < 0):
+            raise DataError(
+                f"row {row.name}: gap is {row.gap}", hint="give a finite 'gap' >= 0 (|difference of the summed scores|) in every row, or set alpha to 0"
+            )
+        if not row.prompt or not row.chosen or not row.rejected:
+            dropped["empty"] += 1
+        elif row.chosen == row.rejected:
+            dropped["identical sides"] += 1
+        elif len(row.prompt) + max(len(row.chosen), len(row.rejected)) > max_length:
+            dropped["too long"] += 1
+        else:
+            responses, pairs, _ = by_prompt.setdefault(row.prompt, ({}, {}, row.name))
+            c, r = (responses.setdefault(ids, len(responses)) for ids in (row.chosen, row.rejected))
+            pairs[(c, r)] = 1.0 if row.gap is None else row.gap
+    if dropped:
+        logger.warning("spalign: dropped rows: %s", ", ".join(f"{n} {why}" for why, n in sorted(dropped.items())))
+    groups = [
+        TrainingGroup(prompt, tuple(responses), tuple(TrainingPair(c, r, gap) for (c, r), gap in pairs.items()), name)
+        for prompt, (responses, pairs, name) in by_prompt.items()
+    ]
+    return groups, dropped
+
+
+def encode_row(row: Mapping[str, Any], index: int, *, chat: Encode, answer: Encode, plain: Encode) -> EncodedRow:
+    """A row of TRL's preference format as token ids.
+
+    `prompt`/`chosen`/`rejected` are lists of {role, content} turns (conversational; a completion's turns are the assistant's) or plain
+    strings. Where the row has `prompt_ids`, `chosen_ids`, `rejected_ids`, those are taken as they are: what was generated is what is
+    trained on. `gap` is optional.
+    """
+    name = str(row.get("id") or index)
+    try:
+        prompt = row.get("prompt_ids") or (chat(row["prompt"]) if isinstance(row["prompt"], list) else plain(row["prompt"]))
+        sides = [row.get(f"{side}_ids") or _completion(row[side], answer, name) for side in ("chosen", "rejected")]
+    except KeyError as e:
+        raise DataError(f"row {name} has no column {e}", hint="rows need prompt, chosen and rejected (TRL's preference format)") from None
+    gap = row.get("gap")
+    return EncodedRow(tuple(prompt), tuple(sides[0]), tuple(sides[1]), None if gap is None else float(gap), name)
+
+
+def _completion(value: Any, answer: Encode, name: str) -> list[int]:
+    if isinstance(value, str):
+        return answer(value) if value else []
+    if isinstance(value, list) and len(value) == 1 and value[0].get("role") == "assistant":
+        return answer(value[0]["content"]) if value[0]["content"] else []
+    raise DataError(f"row {name}: a completion must be a string or one assistant turn", hint="put earlier turns into the prompt")

@@ -1,0 +1,54 @@
+"""Stops training when the policy collapses: measured on its own answers to a few training prompts, as it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spalign.config import GuardConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """words: mean per answer. repetition: share of repeated word 3-grams. empty: share of blank answers."""
+
+    words: float
+    repetition: float
+    empty: float
+
+
+def collapse(before: Probe, now: Probe, config: GuardConfig) -> str | None:
+    """What has collapsed, in words, or None."""
+    ratio = now.words / before.words if before.words else float("inf")
+    if ratio < 1 / config.max_length_ratio:
+        return f"length collapse: answers fell from {before.words:.0f} to {now.words:.0f} words"
+    if ratio > config.max_length_ratio:
+        return f"length explosion: answers grew from {before.words:.0f} to {now.words:.0f} words"
+    if now.repetition - before.repetition > config.max_repetition_rise:
+        return f"repetition: repeated 3-grams rose from {before.repetition:.0%} to {now.repetition:.0%}"
+    if now.empty - before.empty > 0.1:
+        return f"empty answers: {before.empty:.0%} before, {now.empty:.0%} now"
+    return None
+
+
+class CollapseGuard(TrainerCallback):  # type: ignore[misc]
+    """Probes every config.every_steps steps. A passing probe saves a checkpoint; a failing one stops training and saves nothing."""
+
+    def __init__(self, probe: Callable[[Any], Probe], before: Probe, config: GuardConfig) -> None:
+        self._probe, self._before, self._config = probe, before, config
+        self.history: list[dict[str, float]] = []
+        self.collapsed: str | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        last = state.global_step >= state.max_steps
+        if state.global_step % self._config.every_steps and not last:
+            return control
+        now = self._probe(kwargs["model"])
+        self.history.append({"step": state.global_step, **asdict(now)})
+        self.collapsed = collapse(self._before, now, self._config)
+        control.should_save = self.collapsed is None
+        control.should_training_stop = control.should_training_stop or self.collapsed is not None
+        return control
