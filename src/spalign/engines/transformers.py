@@ -40,7 +40,9 @@ class TransformersEngine:
         if not self._eos:
             raise ModelError(f"{tokenizer.name_or_path}: no end-of-sequence token", hint="set tokenizer.eos_token and save the tokenizer")
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._eos)
-        self._special = [t for t in tokenizer.all_special_tokens if t]
+        # all_special_tokens lacks those that have no role of their own, such as Llama 3's <|start_header_id|>
+        added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self._special = sorted({*tokenizer.all_special_tokens, *added} - {""})
 
     @classmethod
     def load(cls, name: str, config: EngineConfig) -> TransformersEngine:
@@ -154,8 +156,9 @@ class TransformersEngine:
         """Next-token logits (rows, vocabulary), the cache and its mask (rows, keys) after `prompts`; equal prompts run once."""
         distinct = sorted(set(map(tuple, prompts)))
         position = {p: i for i, p in enumerate(distinct)}
-        shared = _common_prefix(distinct)
         cache = DynamicCache(config=self.model.config)
+        # the padding of shorter prompts comes after a shared prefix, where it would use up places of a sliding window
+        shared = 0 if any(cache.is_sliding) else _common_prefix(distinct)
         device = self.model.device
         mask = torch.ones(len(distinct), shared, dtype=torch.long, device=device)
         if shared:
@@ -168,11 +171,7 @@ class TransformersEngine:
         own = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rest], device=device)
         mask = torch.cat([mask, own], dim=1)
         logits = self._forward(ids, mask, cache)
-        if len(distinct) < len(prompts):
-            index = torch.tensor([position[tuple(p)] for p in prompts], device=device)
-            cache.batch_select_indices(index)
-            logits, mask = logits[index], mask[index]
-        elif [tuple(p) for p in prompts] != distinct:
+        if [tuple(p) for p in prompts] != distinct:  # another order, or several rows a prompt
             index = torch.tensor([position[tuple(p)] for p in prompts], device=device)
             cache.batch_select_indices(index)
             logits, mask = logits[index], mask[index]

@@ -43,7 +43,7 @@ def ask(engine: Engine, asks: Sequence[Ask], sampling: Sampling, *, seed: int, p
     by_messages: dict[tuple[str, tuple[Message, ...]], list[Ask]] = {}
     for a in asks:
         by_messages.setdefault((a.prompt.id, a.messages), []).append(a)
-    together = {str(i): members for i, members in enumerate(by_messages.values())}
+    together = {f"{members[0].prompt.id}#{i}": members for i, members in enumerate(by_messages.values())}
     requests = [
         GenerateRequest(key, members[0].messages, tuple(seed_for(seed, purpose, a.prompt.id, a.index) for a in members), sampling)
         for key, members in together.items()

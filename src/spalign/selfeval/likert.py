@@ -10,7 +10,8 @@ from spalign.engines.base import Capability, Engine, GenerateRequest, Sampling
 from spalign.text import one_line
 from spalign.types import Message, Prompt, Response
 
-_NUMBER = re.compile(r"(?<![\w.,/-])(\d+)(?:\s*/\s*(\d+)|\s+out\s+of\s+(\d+))?(?![\w/]|[.,]\d)", re.IGNORECASE)
+_RANGE = re.compile(r"\d+\s*(?:[-–—]|to)\s*\d+", re.IGNORECASE)  # "on a scale of 1 to 10", "7-8": not a score
+_NUMBER = re.compile(r"(?<![\w.,/−–-])(\d{1,4})(?:\s*/\s*(\d{1,4})|\s+(?:out\s+)?of\s+(\d{1,4}))?(?![\w/%]|[.,]\d)", re.IGNORECASE)
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=8)
 
 
@@ -41,8 +42,8 @@ def _question(prompt: str, response: str, objective: Objective) -> str:
 
 
 def parse_score(text: str) -> float | None:
-    """The integer 1..10 that `text` gives: the first one in it, "8/10" and "8 out of 10" included; else None."""
-    match = _NUMBER.search(text)
+    """The integer 1..10 that `text` gives: the first one in it, "8/10" and "8 out of 10" included, ranges left out; else None."""
+    match = _NUMBER.search(_RANGE.sub(" ", text))
     if not match:
         return None
     value, outs = int(match[1]), match[2] or match[3]

@@ -23,13 +23,14 @@ class YesNoScorer:
     needs: Capability = "choice_logprobs"
 
     def score(self, engine: Engine, items: Sequence[tuple[Prompt, Response]], objective: Objective) -> list[float | None]:
-        """One score in 0..10 per item; None where the text exceeds the model's window."""
+        """One score in 0..10 per item; None where the text exceeds the model's window or the model gives no numbers (NaN)."""
         shots = few_shot_header(objective)
         texts = [shots + _case(prompt.text, response.text, objective.question) for prompt, response in items]
         sign = 1.0 if objective.good_answer == "yes" else -1.0
         out: list[float | None] = []
         for logps in engine.choice_logprobs(texts, (_YES, _NO)):
-            out.append(None if logps is None else SCORE_MAX * sigmoid(sign * (logps[0] - logps[1])))
+            lead = math.nan if logps is None else sign * (logps[0] - logps[1])
+            out.append(None if math.isnan(lead) else SCORE_MAX * sigmoid(lead))
         return out
 
 

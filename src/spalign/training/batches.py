@@ -27,7 +27,7 @@ def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dic
         gaps += [p.gap for p in g.pairs]
         first += len(g.responses)
     inputs = _packed(groups) if layout == "packed" else _padded(groups, pad)
-    pairs = {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "gaps": torch.tensor(gaps, dtype=torch.float64)}
+    pairs = {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "gaps": torch.tensor(gaps, dtype=torch.float32)}
     return {**inputs, **pairs}
 
 
@@ -110,9 +110,14 @@ def response_logps(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor
 
 
 def layout_for(config: Any) -> Layout:
-    """`packed` where attention is plain causal with rotary positions, so that a mask and position ids say it all."""
+    """`packed` where attention is plain causal with rotary positions, so that a mask and position ids say it all.
+
+    Only SDPA reads a boolean mask as one: eager attention would add it to the scores, and flash attention takes none.
+    """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    return "packed" if kinds == {"full_attention"} and rotary and not sliding else "padded"
+    plain = kinds == {"full_attention"} and rotary and not sliding and not getattr(text, "alibi", False)
+    sdpa = (getattr(text, "_attn_implementation", None) or "sdpa").endswith("sdpa")
+    return "packed" if plain and sdpa else "padded"

@@ -37,6 +37,14 @@ class TrainingGroup:
     pairs: tuple[TrainingPair, ...]
     name: str = ""
 
+    def __post_init__(self) -> None:
+        n = len(self.responses)
+        if not self.prompt or not self.pairs or not all(self.responses) or any(not (0 <= i < n) for p in self.pairs for i in (p.chosen, p.rejected)):
+            raise DataError(
+                f"group {self.name}: an empty prompt or response, no pairs, or a pair that names no response",
+                hint="build groups with group_rows, which drops and counts such rows",
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
@@ -52,8 +60,8 @@ class EncodedRow:
 def group_rows(rows: Iterable[EncodedRow], *, max_length: int, needs_gap: bool) -> tuple[list[TrainingGroup], Counter[str]]:
     """Groups in order of first appearance, and how many rows were dropped for which reason.
 
-    Dropped and counted: empty completions, rows longer than `max_length` tokens, identical sides. Raises DataError where a gap
-    is needed (alpha > 0) and missing, negative or not finite.
+    Dropped and counted: empty completions, rows longer than `max_length` tokens, identical sides, repeated pairs (the first stays).
+    Raises DataError where a gap is needed (alpha > 0) and missing, negative or not finite.
     """
     dropped: Counter[str] = Counter()
     by_prompt: dict[tuple[int, ...], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], float], str]] = {}
@@ -71,7 +79,10 @@ def group_rows(rows: Iterable[EncodedRow], *, max_length: int, needs_gap: bool) 
         else:
             responses, pairs, _ = by_prompt.setdefault(row.prompt, ({}, {}, row.name))
             c, r = (responses.setdefault(ids, len(responses)) for ids in (row.chosen, row.rejected))
-            pairs[(c, r)] = 1.0 if row.gap is None else row.gap
+            if (c, r) in pairs:
+                dropped["repeated"] += 1
+            else:
+                pairs[(c, r)] = 1.0 if row.gap is None else row.gap
     if dropped:
         logger.warning("spalign: dropped rows: %s", ", ".join(f"{n} {why}" for why, n in sorted(dropped.items())))
     groups = [
@@ -90,17 +101,23 @@ def encode_row(row: Mapping[str, Any], index: int, *, chat: Encode, answer: Enco
     """
     name = str(row.get("id") or index)
     try:
-        prompt = row.get("prompt_ids") or (chat(row["prompt"]) if isinstance(row["prompt"], list) else plain(row["prompt"]))
-        sides = [row.get(f"{side}_ids") or _completion(row[side], answer, name) for side in ("chosen", "rejected")]
+        prompt = row.get("prompt_ids")
+        if prompt is None:
+            prompt = chat(row["prompt"]) if isinstance(row["prompt"], list) else plain(row["prompt"])
+        sides = [ids if (ids := row.get(f"{side}_ids")) is not None else _completion(row[side], answer, name) for side in ("chosen", "rejected")]
     except KeyError as e:
         raise DataError(f"row {name} has no column {e}", hint="rows need prompt, chosen and rejected (TRL's preference format)") from None
     gap = row.get("gap")
-    return EncodedRow(tuple(prompt), tuple(sides[0]), tuple(sides[1]), None if gap is None else float(gap), name)
+    try:
+        gap = None if gap is None else float(gap)
+    except (TypeError, ValueError):
+        raise DataError(f"row {name}: gap is {gap!r}", hint="give a finite number >= 0, or leave the column out and set alpha to 0") from None
+    return EncodedRow(tuple(prompt), tuple(sides[0]), tuple(sides[1]), gap, name)
 
 
 def _completion(value: Any, answer: Encode, name: str) -> list[int]:
     if isinstance(value, str):
         return answer(value) if value else []
-    if isinstance(value, list) and len(value) == 1 and value[0].get("role") == "assistant":
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
         return answer(value[0]["content"]) if value[0]["content"] else []
     raise DataError(f"row {name}: a completion must be a string or one assistant turn", hint="put earlier turns into the prompt")

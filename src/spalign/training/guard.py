@@ -22,7 +22,7 @@ class Probe:
 
 def collapse(before: Probe, now: Probe, config: GuardConfig) -> str | None:
     """What has collapsed, in words, or None."""
-    ratio = now.words / before.words if before.words else float("inf")
+    ratio = now.words / before.words if before.words else (float("inf") if now.words else 1.0)
     if ratio < 1 / config.max_length_ratio:
         return f"length collapse: answers fell from {before.words:.0f} to {now.words:.0f} words"
     if ratio > config.max_length_ratio:
@@ -35,7 +35,11 @@ def collapse(before: Probe, now: Probe, config: GuardConfig) -> str | None:
 
 
 class CollapseGuard(TrainerCallback):  # type: ignore[misc]
-    """Probes every config.every_steps steps. A passing probe saves a checkpoint; a failing one stops training and saves nothing."""
+    """Probes every config.every_steps steps and after the last.
+
+    A passing probe saves a checkpoint; a failing one stops training. Nothing else saves one, whatever `save_strategy` says, so every
+    checkpoint is of a policy that passed.
+    """
 
     def __init__(self, probe: Callable[[Any], Probe], before: Probe, config: GuardConfig) -> None:
         self._probe, self._before, self._config = probe, before, config
@@ -45,10 +49,15 @@ class CollapseGuard(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         last = state.global_step >= state.max_steps
         if state.global_step % self._config.every_steps and not last:
+            control.should_save = False
             return control
         now = self._probe(kwargs["model"])
         self.history.append({"step": state.global_step, **asdict(now)})
         self.collapsed = collapse(self._before, now, self._config)
         control.should_save = self.collapsed is None
         control.should_training_stop = control.should_training_stop or self.collapsed is not None
+        return control
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        control.should_save = False  # save_strategy="epoch" has just asked for an unprobed checkpoint
         return control

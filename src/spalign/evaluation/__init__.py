@@ -1,0 +1,6 @@
+"""Evaluation: what changed on held-out prompts."""
+
+from spalign.evaluation.compare import Check, Comparison, compare
+from spalign.evaluation.metrics import Interval, bootstrap_mean, refused, repetition
+
+__all__ = ["Check", "Comparison", "Interval", "bootstrap_mean", "compare", "refused", "repetition"]

@@ -1,0 +1,123 @@
+"""What the steps of a run share: configuration, folder, prompts, and models that are loaded when first needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from spalign.config import RunConfig
+from spalign.constitution import Constitution, Objective
+from spalign.engines.base import Completion, Engine, GenerateRequest
+from spalign.errors import PromptError
+from spalign.report import Progress
+from spalign.report.progress import Tick
+from spalign.store import RunFolder, Stage
+from spalign.types import Message, Prompt
+
+EngineFactory = Callable[[str], Engine]
+
+
+class MeteredEngine:
+    """An engine that counts the tokens it generates and tells a progress bar."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.name, self.capabilities = engine.name, engine.capabilities
+        self.tokens = 0
+        self.tick: Tick = lambda _: None
+
+    @property
+    def window(self) -> int:
+        return self._engine.window
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
+        for completion in self._engine.generate(requests):
+            self.tokens += len(completion.token_ids)
+            self.tick(1)
+            yield completion
+
+    def choice_logprobs(self, texts: Sequence[str], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
+        out = self._engine.choice_logprobs(texts, choices)
+        self.tick(len(texts))
+        return out
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return self._engine.encode_chat(messages)
+
+    def encode_response(self, text: str) -> list[int]:
+        return self._engine.encode_response(text)
+
+
+class Policy:
+    """A model by name or folder, loaded when first used. `digest` says which model it is without loading it."""
+
+    def __init__(self, name: str, digest: str, factory: EngineFactory) -> None:
+        self.name, self.digest, self._factory = name, digest, factory
+        self._engine: MeteredEngine | None = None
+
+    @property
+    def engine(self) -> MeteredEngine:
+        if self._engine is None:
+            self._engine = MeteredEngine(self._factory(self.name))
+        return self._engine
+
+    @property
+    def tokens(self) -> int:
+        return self._engine.tokens if self._engine else 0
+
+    def free(self) -> None:
+        """Give the memory back; the next use loads again."""
+        self._engine = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage of the run: where it stands on disk, and how it is done."""
+
+    name: str
+    stage: Stage
+    do: Callable[[], dict[str, Any]]
+
+
+@dataclass
+class Context:
+    """A run in progress."""
+
+    config: RunConfig
+    constitution: Constitution
+    folder: RunFolder
+    ui: Progress
+    train_prompts: list[Prompt]
+    heldout_prompts: list[Prompt]
+    make_engine: EngineFactory
+
+    @cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        return self.constitution.objectives
+
+    def check_fit(self, policy: Policy, prompts: Sequence[Prompt]) -> None:
+        """Raises PromptError, before anything is generated, for prompts that leave no room for an answer."""
+        room = policy.engine.window - self.config.sample.max_new_tokens
+        for p in prompts:
+            if len(p.text) > room and (n := len(policy.engine.encode_chat(p.messages))) > room:
+                raise PromptError(
+                    f"prompt '{p.id}' has {n} tokens; with sample.max_new_tokens {self.config.sample.max_new_tokens} it exceeds the model's window "
+                    f"of {policy.engine.window}",
+                    hint="shorten or drop it, or lower sample.max_new_tokens",
+                )
+
+    @contextlib.contextmanager
+    def metered(self, policy: Policy, name: str, total: int, unit: str) -> Iterator[MeteredEngine]:
+        """The policy's engine with a progress bar of `total` completions and scores."""
+        engine = policy.engine
+        with self.ui.stage(name, total, unit) as tick:
+            engine.tick = tick
+            try:
+                yield engine
+            finally:
+                engine.tick = lambda _: None
+
+

@@ -1,0 +1,177 @@
+"""The whole method on one screen: its stages in order, iteration by iteration; what is done is not done again."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from spalign import prompts as prompt_sets
+from spalign.config import EngineConfig, RunConfig
+from spalign.engines.base import Engine
+from spalign.engines.models import fingerprint
+from spalign.errors import ConfigError, RunFolderError, SpalignError
+from spalign.pipeline.context import Context, EngineFactory, Policy, Step
+from spalign.pipeline.data import data_steps
+from spalign.pipeline.evaluate import evaluation_steps
+from spalign.pipeline.summary import summarise
+from spalign.pipeline.train import train_step
+from spalign.report import Progress
+from spalign.store import RunFolder, write_atomic, write_json
+from spalign.types import Prompt
+
+STAGES = ("sample", "evaluate", "refine", "denoise", "pair", "train")
+Mode = Literal["auto", "resume", "fresh"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to. summary: the content of summary.json, None where only a stage was asked for. new: False if all was done before."""
+
+    folder: Path
+    summary: dict[str, Any] | None
+    new: bool
+
+
+def run(
+    config: RunConfig,
+    *,
+    mode: Mode = "auto",
+    only: str | None = None,
+    ui: Progress | None = None,
+    make_engine: EngineFactory | None = None,
+) -> Outcome:
+    """Run the method to its end, or one stage of it (`only`; its inputs must be there).
+
+    mode: `auto` starts, or goes on where an unchanged configuration stopped; `resume` goes on also under a changed configuration, doing
+    again what depends on the change; `fresh` sets an old folder aside. make_engine: for engines of your own (default: transformers).
+    Raises SpalignError with the fix; NothingToTrainOn (exit code 3) where no pair survives.
+    """
+    ui = ui or Progress(quiet=True)
+    context = _prepare(config, ui, make_engine)
+    folder = context.folder
+    _claim(folder, config, mode, ui)
+    try:
+        _write_config(context)
+        steps, models = _plan(context)
+        if only is not None:
+            return _one_stage(context, steps, only)
+        new = _do(steps)
+        summary = summarise(context, steps, models)
+        write_json(folder.path / "summary.json", summary)
+        return Outcome(folder.path, summary, new)
+    finally:
+        folder.close()
+
+
+def _plan(run: Context) -> tuple[list[Step], list[Policy]]:
+    """Every step of the run, in order, and the policies: the first, and one after each iteration."""
+    policy = frozen = Policy(run.config.model, fingerprint(run.config.model), run.make_engine)
+    steps: list[Step] = []
+    policies = [policy]
+    for iteration, prompts in enumerate(_prompts_by_iteration(run), 1):
+        base = f"iteration-{iteration}"
+        data = data_steps(run, base, policy, prompts, iteration)
+        paired = next(s.stage for s in data if s.name == "pair")
+        trained = train_step(run, base, policy, paired, prompts)
+        steps += [*data, trained]
+        policy = Policy(str(trained.stage.folder / "model"), trained.stage.digest, run.make_engine)
+        policies.append(policy)
+    steps += evaluation_steps(run, "before", frozen, frozen)
+    steps += evaluation_steps(run, "after", policy, frozen)
+    return steps, policies
+
+
+def _do(steps: Sequence[Step]) -> bool:
+    """Do what is not done; True if there was anything."""
+    todo = [s for s in steps if s.stage.manifest() is None]
+    for step in todo:
+        step.do()
+    return bool(todo)
+
+
+def _one_stage(run: Context, steps: Sequence[Step], only: str) -> Outcome:
+    """Do the stage named `only` of the first iteration that lacks it; the stages before it must be done."""
+    last = max(i for i, s in enumerate(steps) if s.name == only)
+    wanted = next((i for i, s in enumerate(steps) if s.name == only and s.stage.manifest() is None), last)
+    for before in steps[:wanted]:
+        if before.stage.manifest() is None and before.name != only and "/compare-" not in str(before.stage.folder):
+            raise RunFolderError(
+                f"'{only}' needs the stage '{before.name}' ({before.stage.folder}), which is not done", hint=f"run: spalign {before.name} CONFIG"
+            )
+    return Outcome(run.folder.path, None, _do(steps[wanted : wanted + 1]))
+
+
+def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:
+    """The same prompts for every iteration, or with `new_prompts` each its own share."""
+    n = run.config.iterations
+    if not run.config.new_prompts:
+        return [run.train_prompts] * n
+    if n > len(run.train_prompts):
+        raise ConfigError(f"new_prompts: {n} iterations need at least {n} training prompts, there are {len(run.train_prompts)}", hint="lower iterations")
+    return [run.train_prompts[i::n] for i in range(n)]
+
+
+def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) -> Context:
+    """Everything that can be checked before a model is loaded."""
+    constitution = config.constitution_for_run()
+    for recipe in config.compare:
+        config.with_recipe(recipe).constitution_for_run()
+    train = prompt_sets.load_prompts(config.prompts.train, config.prompts)
+    heldout = prompt_sets.load_prompts(config.prompts.heldout, config.prompts)
+    prompt_sets.check_disjoint(train, heldout)
+    if config.sample.n <= len(constitution.objectives):
+        ui.line(
+            f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n", style="yellow"
+        )
+    return Context(config, constitution, RunFolder(config.folder), ui, train, heldout, make_engine or (lambda name: _transformers(name, config.engine)))
+
+
+def _transformers(name: str, config: EngineConfig) -> Engine:
+    from spalign.engines.transformers import TransformersEngine
+
+    return TransformersEngine.load(name, config)
+
+
+def _claim(folder: RunFolder, config: RunConfig, mode: Mode, ui: Progress) -> None:
+    """Open the folder under the rules of `mode`."""
+    if mode == "resume" and not folder.exists():
+        raise RunFolderError(f"{folder.path}: no run to resume", hint="leave out --resume to start it")
+    if mode == "fresh" and folder.path.exists():
+        folder.open()  # not while another process works on it
+        folder.close()
+        ui.line(f"set the old run aside as {folder.set_aside()}")
+    if mode == "auto" and folder.exists() and (changes := _changes(folder, config)):
+        listed = "\n".join(f"  {c}" for c in changes[:12])
+        raise RunFolderError(
+            f"{folder.path} holds a run with another configuration:\n{listed}",
+            hint="--resume goes on and does again what depends on the change; --fresh sets the old run aside; or give this run another name",
+        )
+    folder.open()
+
+
+def _changes(folder: RunFolder, config: RunConfig) -> list[str]:
+    try:
+        old = (folder.path / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise RunFolderError(f"{folder.path / 'config.yaml'}: cannot be read: {e}", hint="use --fresh to set the folder aside") from e
+    lines = difflib.unified_diff(_flat(yaml.safe_load(old)), _flat(config.model_dump(mode="json")), n=0, lineterm="")
+    return [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+
+
+def _flat(value: Any, at: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [line for k in sorted(value) for line in _flat(value[k], f"{at}.{k}" if at else k)]
+    return [f"{at}: {value}"]
+
+
+def _write_config(run: Context) -> None:
+    for name, value in (("config.yaml", run.config.model_dump(mode="json")), ("constitution.yaml", run.constitution.model_dump(mode="json"))):
+        write_atomic(run.folder.path / name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
+
+
+__all__ = ["STAGES", "Mode", "Outcome", "SpalignError", "run"]

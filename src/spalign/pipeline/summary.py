@@ -1,0 +1,78 @@
+"""summary.json: the facts of a run. Its schema is documented in docs/summary.md; `schema` counts up when a key changes its meaning."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spalign.evaluation import compare
+from spalign.pipeline.context import Context, Policy, Step
+from spalign.pipeline.evaluate import groups_of
+from spalign.store import read_json, versions
+
+SCHEMA = 1
+TRANSCRIPTS = 3
+
+
+def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy]) -> dict[str, Any]:
+    """The summary of a finished run, from its manifests and the judged held-out answers."""
+    done = {str(s.stage.folder.relative_to(run.folder.path)): s.stage.manifest() or {} for s in steps}
+    if (old := read_json(run.folder.path / "summary.json")) and old.get("digest") == steps[-1].stage.digest and old.get("schema") == SCHEMA:
+        return dict(old)
+    own_pairs = [(w, m) for w, m in done.items() if w.endswith("/5-pair") and "/compare-" not in w]
+    trained = [m for w, m in done.items() if w.endswith("/6-train")]
+    before, after = (groups_of(next(s.stage for s in steps if s.name == f"evaluation-{w}-judge")) for w in ("before", "after"))
+    names = [o.name for o in run.objectives]
+    comparison = compare(before, after, names, resamples=run.config.evaluation.bootstrap, seed=run.config.seed)
+    measures = comparison.to_json()
+    return {
+        "schema": SCHEMA,
+        "digest": steps[-1].stage.digest,
+        "name": run.config.name,
+        "model": run.config.model,
+        "model_fingerprint": policies[0].digest,
+        "model_path": str(Path(policies[-1].name)),
+        "constitution": {"name": run.constitution.name, "sha256": run.constitution.sha256(), "objectives": names},
+        "recipe": run.config.recipe,
+        "funnel": own_pairs[-1][1]["funnel"],
+        "iterations": [
+            {
+                "funnel": pair["funnel"],
+                "tau": done[where.replace("5-pair", "4-denoise")]["tau"],
+                "consistency": done[where.replace("5-pair", "4-denoise")]["consistency"],
+                "training": {k: train[k] for k in ("steps", "steps_kept", "collapsed", "prompts", "loss", "accuracy")},
+            }
+            for (where, pair), train in zip(own_pairs, trained, strict=True)
+        ],
+        "recipes": {
+            recipe: {
+                "funnel": done[f"iteration-1/compare-{recipe}/5-pair"]["funnel"],
+                "consistency": done[f"iteration-1/compare-{recipe}/4-denoise"]["consistency"],
+            }
+            for recipe in run.config.compare
+        },
+        "judge": {"model": run.config.model, "independent": False, "note": "the frozen iteration-0 policy judges itself before and after"},
+        "evaluation": {o: measures[o]["all"] for o in names if "all" in measures[o]},
+        "measures": measures,
+        "unscored": comparison.unscored,
+        "checks": [{"name": c.name, "passed": c.passed, "text": c.text} for c in comparison.checks],
+        "transcripts": _transcripts(before, after),
+        "seconds": {where: m.get("seconds", 0.0) for where, m in done.items()},
+        "tokens": {where: m["tokens"] for where, m in done.items() if m.get("tokens")},
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "versions": versions(),
+    }
+
+
+def _transcripts(before: Sequence[Any], after: Sequence[Any]) -> list[dict[str, str]]:
+    """One prompt of each intent as far as there are, the first of each: not chosen by result."""
+    intents: list[str] = list(dict.fromkeys(g.prompt.intent for g in before))
+    chosen = [next(i for i, g in enumerate(before) if g.prompt.intent == intent) for intent in intents]
+    chosen += [i for i in range(len(before)) if i not in chosen]
+    return [
+        {"id": before[i].prompt.id, "intent": before[i].prompt.intent, "prompt": before[i].prompt.text, "before": before[i].candidates[0].text, "after": after[i].candidates[0].text}
+        for i in chosen[:TRANSCRIPTS]
+    ]
