@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--scorer", nargs="+", default=["yes_no", "likert"])
     parser.add_argument("--data", nargs="*", type=Path)
     args = parser.parse_args()
-    paths = args.data or [Path(str(files("spalign").joinpath("calibration", f"{o}.jsonl"))) for o in ("harmlessness", "helpfulness", "honesty")]
+    paths = args.data or [
+        Path(str(files("spalign").joinpath("calibration", f"{o}.jsonl"))) for o in ("harmlessness", "helpfulness", "honesty")
+    ]
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     objectives = {o.name: o for c in ("honest_helpful", "harmless_helpful") for o in load_constitution(c).objectives}
     engine = TransformersEngine.load(args.model, EngineConfig())
@@ -51,15 +53,21 @@ def main() -> None:
             start = time.perf_counter()
             scored = score_responses(engine, items, [objectives[name]], SelfEvaluationConfig(scorer=scorer))
             seconds = time.perf_counter() - start
-            good, bad = ([s.scores[name] for s, r in zip(scored, mine, strict=True) if name in s.scores and r["label"] == v] for v in (1, 0))
+            good, bad = (
+                [s.scores[name] for s, r in zip(scored, mine, strict=True) if name in s.scores and r["label"] == v] for v in (1, 0)
+            )
             if not good or not bad:
                 out.setdefault(name, {})[scorer] = {"unscored": len(mine)}
                 print(f"{name:13} {scorer:8} nothing scored")
                 continue
             cut, error = equal_error_threshold(good, bad)
             out.setdefault(name, {})[scorer] = {
-                "auc": round(auc(good, bad), 3), "threshold": round(cut, 2), "error_at_threshold": round(error, 3),
-                "unscored": len(mine) - len(good) - len(bad), "distinct": len({*good, *bad}), "seconds_per_100": round(100 * seconds / len(mine), 2),
+                "auc": round(auc(good, bad), 3),
+                "threshold": round(cut, 2),
+                "error_at_threshold": round(error, 3),
+                "unscored": len(mine) - len(good) - len(bad),
+                "distinct": len({*good, *bad}),
+                "seconds_per_100": round(100 * seconds / len(mine), 2),
             }
             print(f"{name:13} {scorer:8} {out[name][scorer]}")
     print(json.dumps({"model": args.model, "objectives": out}))

@@ -13,11 +13,16 @@ from spalign import __version__
 from spalign.errors import NothingToTrainOn, SpalignError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Make a language model trustworthy first, helpful second (SPA)."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make a language model trustworthy first, helpful second (SPA).",
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", show_default=False)]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one option of the config; can be repeated.", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one option of the config; can be repeated.", show_default=False)
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run, also if its configuration changed.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; an old run of this name is set aside, not deleted.")]
 
@@ -84,11 +89,11 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        print("\ninterrupted; what is finished is kept: the same command with --resume goes on", file=sys.stderr)
+        typer.echo("\ninterrupted; what is finished is kept: the same command goes on", err=True)
         sys.exit(130)
     except SpalignError as e:
         kind = "stopped" if isinstance(e, NothingToTrainOn) else "error"
-        print(f"{kind}: {_shown(str(e))}", file=sys.stderr)
+        typer.echo(f"{kind}: {_shown(str(e))}", err=True)
         sys.exit(e.exit_code)
 
 

@@ -1,14 +1,14 @@
 """Every error spalign raises on purpose.
 
-    SpalignError                 where, what, and what to do (exit code 2)
-    |-- ConfigError              the run's configuration
-    |-- ConstitutionError        the constitution file
-    |-- PromptError              the prompts that the user brought
-    |-- ModelError               a model or tokenizer that cannot be used
-    |-- EngineError              an engine that lacks what a stage needs, or failed
-    |-- RunFolderError           the run folder: locked, read-only, full, or of another run
-    |-- DataError                preference rows that cannot be trained on
-    `-- NothingToTrainOn         no pair survived, or training left no model (exit code 3)
+SpalignError                 where, what, and what to do (exit code 2)
+|-- ConfigError              the run's configuration
+|-- ConstitutionError        the constitution file
+|-- PromptError              the prompts that the user brought
+|-- ModelError               a model or tokenizer that cannot be used
+|-- EngineError              an engine that lacks what a stage needs, or failed
+|-- RunFolderError           the run folder: locked, read-only, full, or of another run
+|-- DataError                preference rows that cannot be trained on
+`-- NothingToTrainOn         no pair survived, or training left no model (exit code 3)
 """
 
 from __future__ import annotations

@@ -153,7 +153,9 @@ class Stage:
             except OSError as e:
                 raise RunFolderError(f"{path}: {e.strerror}", hint=f"remove {self.folder} to have the stage done again") from e
             if hashlib.sha256(data).hexdigest() != sha:
-                raise RunFolderError(f"{path}: changed since it was written", hint=f"restore it, or remove {self.folder} to have the stage done again")
+                raise RunFolderError(
+                    f"{path}: changed since it was written", hint=f"restore it, or remove {self.folder} to have the stage done again"
+                )
             for line in data.splitlines():
                 yield json.loads(line)
 
@@ -205,7 +207,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.close()
-            raise RunFolderError(f"{self.path}: another process is working on this run", hint="wait for it, or give this run another name") from None
+            raise RunFolderError(
+                f"{self.path}: another process is working on this run", hint="wait for it, or give this run another name"
+            ) from None
 
     def close(self) -> None:
         if self._lock is not None:

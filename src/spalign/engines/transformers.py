@@ -32,7 +32,8 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 128) -> None:
         if not tokenizer.chat_template:
             raise ModelError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template", hint="use an instruct model, or set tokenizer.chat_template and save it"
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template",
+                hint="use an instruct model, or set tokenizer.chat_template and save it",
             )
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         eos = model.generation_config.eos_token_id if model.generation_config else None
@@ -60,7 +61,10 @@ class TransformersEngine:
         try:
             return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
         except Exception as e:  # jinja raises what the template asks it to
-            raise ModelError(f"the chat template refused the conversation: {e}", hint="some models take no system turn; see the constitution's system_variants") from e
+            raise ModelError(
+                f"the chat template refused the conversation: {e}",
+                hint="some models take no system turn; see the constitution's system_variants",
+            ) from e
 
     def encode_response(self, text: str) -> list[int]:
         ids = self.tokenizer(self._defused(text), add_special_tokens=False)["input_ids"]
@@ -79,8 +83,8 @@ class TransformersEngine:
         for ids, request, _ in work:
             if len(ids) + request.sampling.max_new_tokens > self.window:
                 raise EngineError(
-                    f"prompt '{request.id}' has {len(ids)} tokens; with max_new_tokens {request.sampling.max_new_tokens} it exceeds the model's window "
-                    f"of {self.window}",
+                    f"prompt '{request.id}' has {len(ids)} tokens; with max_new_tokens {request.sampling.max_new_tokens} "
+                    f"it exceeds the model's window of {self.window}",
                     hint="shorten or drop the prompt, or lower sample.max_new_tokens",
                 )
         work.sort(key=lambda w: (w[1].sampling.max_new_tokens, len(w[0]), w[1].id, w[2]))
@@ -138,7 +142,9 @@ class TransformersEngine:
     def _one_token(self, choice: str) -> int:
         ids = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise EngineError(f"the choice {choice!r} is {len(ids)} tokens for this tokenizer, not one", hint="use the likert scorer for this model")
+            raise EngineError(
+                f"the choice {choice!r} is {len(ids)} tokens for this tokenizer, not one", hint="use the likert scorer for this model"
+            )
         return int(ids[0])
 
     def _by_tokens(self, order: list[int], encoded: list[list[int]]) -> Iterator[list[int]]:
@@ -208,7 +214,7 @@ def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
 def fast_bf16(device: str) -> bool:
     """Whether bfloat16 is the fast type there: CUDA from Ampere, CPUs with AMX or AVX512-BF16."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device != "cpu":
         return False
     known = torch.cpu.get_capabilities()
@@ -230,7 +236,7 @@ def inference_dtype(config: EngineConfig) -> torch.dtype:
 def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, ready on the device. Raises ModelError with what to do."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    where = resolve(name, trust_remote_code=config.trust_remote_code)
+    where = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -238,6 +244,7 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype) -> tuple[
         )
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise ModelError(
-            f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}", hint="check the name, your network and your access to the hub; or use a local folder"
+            f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}",
+            hint="check the name, your network and your access to the hub; or use a local folder",
         ) from e
     return model.to(device_of(config)), tokenizer

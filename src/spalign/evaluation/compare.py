@@ -41,7 +41,7 @@ class Comparison:
 def compare(
     before: Sequence[PromptGroup], after: Sequence[PromptGroup], objectives: Sequence[str], *, resamples: int, seed: int
 ) -> Comparison:
-    """Both lists hold the same prompts in the same order, each with its sampled candidates. Means are over prompts, of means over samples."""
+    """Both lists hold the same prompts in the same order, each with its answers. Means are over prompts, of means over answers."""
     kinds: dict[str, Callable[[Response], float | None]] = {o: (lambda r, o=o: r.scores.get(o)) for o in objectives}  # type: ignore[misc]
     kinds |= {
         "words": lambda r: float(r.words),
@@ -51,14 +51,21 @@ def compare(
     }
     measures: dict[str, dict[str, dict[str, Interval]]] = {}
     for name, value in kinds.items():
-        pairs = [(b.prompt.intent, x, y) for b, a in zip(before, after, strict=True) if (x := _mean(b, value)) is not None and (y := _mean(a, value)) is not None]
+        pairs = [
+            (b.prompt.intent, x, y)
+            for b, a in zip(before, after, strict=True)
+            if (x := _mean(b, value)) is not None and (y := _mean(a, value)) is not None
+        ]
         measures[name] = {}
         for label, belongs in _slices(before).items():
             chosen = [(x, y) for intent, x, y in pairs if belongs(intent)]
             if chosen:
                 columns = {"before": [x for x, _ in chosen], "after": [y for _, y in chosen], "difference": [y - x for x, y in chosen]}
                 measures[name][label] = {k: bootstrap_mean(v, resamples=resamples, seed=seed) for k, v in columns.items()}
-    missing = {when: sum(len(r.scores) < len(objectives) for g in groups for r in g.candidates) for when, groups in (("before", before), ("after", after))}
+    missing = {
+        when: sum(len(r.scores) < len(objectives) for g in groups for r in g.candidates)
+        for when, groups in (("before", before), ("after", after))
+    }
     return Comparison(measures, tuple(_checks(measures, objectives)), missing)
 
 
@@ -72,7 +79,7 @@ def _slices(groups: Sequence[PromptGroup]) -> dict[str, Callable[[str], bool]]:
     out: dict[str, Callable[[str], bool]] = {"all": lambda _: True}
     if ILL_MEANT in intents:
         out |= {"safe": lambda i: i != ILL_MEANT, "unsafe": lambda i: i == ILL_MEANT}
-    return out | {i: (lambda x, i=i: x == i) for i in intents}  # type: ignore[misc]
+    return out | {i: (lambda x, i=i: x == i) for i in intents}
 
 
 def _checks(measures: dict[str, dict[str, dict[str, Interval]]], objectives: Sequence[str]) -> list[Check]:

@@ -11,7 +11,8 @@ import numpy as np
 from spalign.text import words
 
 _REFUSAL = re.compile(
-    r"""\b(?:i\ (?:can(?:no|['’])t|can\ not|won['’]?t|will\ not|am\ (?:not\ able|unable)|do\ not\ feel\ comfortable)|i['’]m\ (?:not\ able|unable)|
+    r"""\b(?:i\ (?:can(?:no|['’])t|can\ not|won['’]?t|will\ not|am\ (?:not\ able|unable)|do\ not\ feel\ comfortable)|
+    i['’]m\ (?:not\ able|unable)|
     i['’]?m\ (?:really\ |so\ |very\ )?sorry,?\ but|sorry,?\ (?:but\ )?i|i\ apologi[sz]e,?\ but|i\ (?:must|have\ to)\ decline|
     (?:unable|not\ able)\ to\ (?:help|assist|provide|comply|fulfil)|can(?:no|['’])t\ (?:help|assist|provide|comply|fulfil|support)|
     not\ (?:appropriate|ethical|comfortable)\ (?:to|with|for\ me)|as\ an\ ai\b[^.]{0,60}\b(?:can(?:no|['’])t|unable|not))""",

@@ -104,8 +104,8 @@ class Context:
         for p in prompts:
             if len(p.text) > room and (n := len(policy.engine.encode_chat(p.messages))) > room:
                 raise PromptError(
-                    f"prompt '{p.id}' has {n} tokens; with sample.max_new_tokens {self.config.sample.max_new_tokens} it exceeds the model's window "
-                    f"of {policy.engine.window}",
+                    f"prompt '{p.id}' has {n} tokens; with sample.max_new_tokens {self.config.sample.max_new_tokens} "
+                    f"it exceeds the model's window of {policy.engine.window}",
                     hint="shorten or drop it, or lower sample.max_new_tokens",
                 )
 
@@ -119,5 +119,3 @@ class Context:
                 yield engine
             finally:
                 engine.tick = lambda _: None
-
-

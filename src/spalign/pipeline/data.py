@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from spalign import prompts as prompt_sets
 from spalign.config import RunConfig
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.preference import (
@@ -31,7 +32,6 @@ from spalign.types import (
     group_to_json,
     response_from_json,
 )
-from spalign import prompts as prompt_sets
 
 
 def sample_step(run: Context, base: str, policy: Policy, prompts: list[Prompt], iteration: int) -> Step:
@@ -111,7 +111,9 @@ def refine_step(run: Context, base: str, policy: Policy, config: RunConfig, scor
                 rows = []
                 for g, d in zip(shard, drafts, strict=True):
                     sides = {"refined": d.refined, "placebo": d.placebo}
-                    rows.append({"prompt_id": g.prompt.id, **{k: [_response_row(scored_by_id.get(r.id, r)) for r in v] for k, v in sides.items()}})
+                    rows.append(
+                        {"prompt_id": g.prompt.id, **{k: [_response_row(scored_by_id.get(r.id, r)) for r in v] for k, v in sides.items()}}
+                    )
                 return rows
 
             return run_in_parts(stage, groups, config.shard_size, work, tokens=lambda: engine.tokens)
@@ -122,7 +124,9 @@ def refine_step(run: Context, base: str, policy: Policy, config: RunConfig, scor
 def denoise_step(run: Context, base: str, config: RunConfig, scored: Stage, refined: Stage) -> Step:
     """4-denoise: both criteria, one verdict a group."""
     objectives = _objectives(run, config)
-    stage = run.folder.stage(f"{base}/4-denoise", {"from": refined.digest, "levels": _levels(objectives), "denoise": config.denoise.model_dump()})
+    stage = run.folder.stage(
+        f"{base}/4-denoise", {"from": refined.digest, "levels": _levels(objectives), "denoise": config.denoise.model_dump()}
+    )
 
     def do() -> dict[str, Any]:
         stage.begin()
@@ -132,7 +136,7 @@ def denoise_step(run: Context, base: str, config: RunConfig, scored: Stage, refi
         verdicts = denoise(groups, objectives, config.denoise)
         stage.write_part(0, [_verdict_row(v) for v in verdicts])
         dets = [v.det for v in verdicts if v.det is not None and (v.kept or v.reason is DropReason.UNSTABLE)]
-        of = {kind: consistent_yield(groups, objectives, config.denoise, of=kind) for kind in ("refined", "placebo")}  # type: ignore[arg-type]
+        of = {kind: consistent_yield(groups, objectives, config.denoise, of=kind) for kind in ("refined", "placebo")}
         return stage.finish(
             groups=len(verdicts),
             kept=sum(v.kept for v in verdicts),
@@ -147,7 +151,13 @@ def denoise_step(run: Context, base: str, config: RunConfig, scored: Stage, refi
 def pair_step(run: Context, base: str, policy: Policy, config: RunConfig, denoised: Stage) -> Step:
     """5-pair: preference pairs in TRL's format, with the exact tokens, scores, margins and weights."""
     objectives = _objectives(run, config)
-    inputs = {"from": denoised.digest, "levels": _levels(objectives), "pairs": config.pairs.model_dump(), "alpha": config.train.alpha, "policy": policy.digest}
+    inputs = {
+        "from": denoised.digest,
+        "levels": _levels(objectives),
+        "pairs": config.pairs.model_dump(),
+        "alpha": config.train.alpha,
+        "policy": policy.digest,
+    }
     stage = run.folder.stage(f"{base}/5-pair", inputs)
 
     def do() -> dict[str, Any]:
@@ -246,7 +256,11 @@ def _groups(stage: Stage) -> list[PromptGroup]:
 
 
 def _response_row(response: Any) -> Row:
-    return {**{f: getattr(response, f) for f in ("id", "text", "finished", "system")}, "token_ids": list(response.token_ids), "scores": dict(response.scores)}
+    return {
+        **{f: getattr(response, f) for f in ("id", "text", "finished", "system")},
+        "token_ids": list(response.token_ids),
+        "scores": dict(response.scores),
+    }
 
 
 def _drafts(row: Row) -> Drafts:
@@ -254,4 +268,10 @@ def _drafts(row: Row) -> Drafts:
 
 
 def _verdict_row(v: Verdict) -> Row:
-    return {"prompt_id": v.group.prompt.id, "reason": str(v.reason) if v.reason else None, "det": v.det, "detail": v.detail, "group": group_to_json(v.group)}
+    return {
+        "prompt_id": v.group.prompt.id,
+        "reason": str(v.reason) if v.reason else None,
+        "det": v.det,
+        "detail": v.detail,
+        "group": group_to_json(v.group),
+    }

@@ -30,7 +30,7 @@ Mode = Literal["auto", "resume", "fresh"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run came to. summary: the content of summary.json, None where only a stage was asked for. new: False if all was done before."""
+    """What a run came to. summary: as in summary.json, None where only a stage was asked for. new: False if all was done before."""
 
     folder: Path
     summary: dict[str, Any] | None
@@ -101,7 +101,8 @@ def _one_stage(run: Context, steps: Sequence[Step], only: str) -> Outcome:
     for before in steps[:wanted]:
         if before.stage.manifest() is None and before.name != only and "/compare-" not in str(before.stage.folder):
             raise RunFolderError(
-                f"'{only}' needs the stage '{before.name}' ({before.stage.folder}), which is not done", hint=f"run: spalign {before.name} CONFIG"
+                f"'{only}' needs the stage '{before.name}' ({before.stage.folder}), which is not done",
+                hint=f"run: spalign {before.name} CONFIG",
             )
     return Outcome(run.folder.path, None, _do(steps[wanted : wanted + 1]))
 
@@ -112,7 +113,9 @@ def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:
     if not run.config.new_prompts:
         return [run.train_prompts] * n
     if n > len(run.train_prompts):
-        raise ConfigError(f"new_prompts: {n} iterations need at least {n} training prompts, there are {len(run.train_prompts)}", hint="lower iterations")
+        raise ConfigError(
+            f"new_prompts: {n} iterations need at least {n} training prompts, there are {len(run.train_prompts)}", hint="lower iterations"
+        )
     return [run.train_prompts[i::n] for i in range(n)]
 
 
@@ -126,9 +129,12 @@ def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None)
     prompt_sets.check_disjoint(train, heldout)
     if config.sample.n <= len(constitution.objectives):
         ui.line(
-            f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n", style="yellow"
+            f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n",
+            style="yellow",
         )
-    return Context(config, constitution, RunFolder(config.folder), ui, train, heldout, make_engine or (lambda name: _transformers(name, config.engine)))
+    return Context(
+        config, constitution, RunFolder(config.folder), ui, train, heldout, make_engine or (lambda name: _transformers(name, config.engine))
+    )
 
 
 def _transformers(name: str, config: EngineConfig) -> Engine:
@@ -149,7 +155,7 @@ def _claim(folder: RunFolder, config: RunConfig, mode: Mode, ui: Progress) -> No
         listed = "\n".join(f"  {c}" for c in changes[:12])
         raise RunFolderError(
             f"{folder.path} holds a run with another configuration:\n{listed}",
-            hint="--resume goes on and does again what depends on the change; --fresh sets the old run aside; or give this run another name",
+            hint="--resume goes on and does again what depends on the change; --fresh sets the old run aside; or change the name",
         )
     folder.open()
 
@@ -170,7 +176,10 @@ def _flat(value: Any, at: str = "") -> list[str]:
 
 
 def _write_config(run: Context) -> None:
-    for name, value in (("config.yaml", run.config.model_dump(mode="json")), ("constitution.yaml", run.constitution.model_dump(mode="json"))):
+    for name, value in (
+        ("config.yaml", run.config.model_dump(mode="json")),
+        ("constitution.yaml", run.constitution.model_dump(mode="json")),
+    ):
         write_atomic(run.folder.path / name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
 
 

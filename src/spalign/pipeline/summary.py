@@ -73,6 +73,12 @@ def _transcripts(before: Sequence[Any], after: Sequence[Any]) -> list[dict[str, 
     chosen = [next(i for i, g in enumerate(before) if g.prompt.intent == intent) for intent in intents]
     chosen += [i for i in range(len(before)) if i not in chosen]
     return [
-        {"id": before[i].prompt.id, "intent": before[i].prompt.intent, "prompt": before[i].prompt.text, "before": before[i].candidates[0].text, "after": after[i].candidates[0].text}
+        {
+            "id": before[i].prompt.id,
+            "intent": before[i].prompt.intent,
+            "prompt": before[i].prompt.text,
+            "before": before[i].candidates[0].text,
+            "after": after[i].candidates[0].text,
+        }
         for i in chosen[:TRANSCRIPTS]
     ]

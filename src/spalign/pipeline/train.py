@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,20 @@ def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: 
     def do() -> dict[str, Any]:
         funnel = (paired.manifest() or {})["funnel"]
         if not funnel["pairs"]:
-            raise NothingToTrainOn("no preference pair is left, so nothing is trained", hint=advice(funnel, run))
+            raise NothingToTrainOn("no preference pair is left, so nothing is trained", hint=advice(funnel))
         progress = stage.begin()
         policy.free()  # the trainer loads the weights in float32
         began = time.perf_counter()
         with clear_errors(stage.folder):
             facts = _train(run, base, policy, list(paired.rows()), prompts, stage.folder)
-        return stage.finish(seconds=round(progress["seconds"] + time.perf_counter() - began, 3), **facts)
+        manifest = stage.finish(seconds=round(progress["seconds"] + time.perf_counter() - began, 3), **facts)
+        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+        return manifest
 
     return Step("train", stage, do)
 
 
-def advice(funnel: dict[str, Any], run: Context) -> str:
+def advice(funnel: dict[str, Any]) -> str:
     """What to change, from where the prompts went."""
     dropped = funnel["dropped"]
     if not dropped:
@@ -102,8 +105,7 @@ def _train(run: Context, base: str, policy: Policy, rows: list[dict[str, Any]], 
         )
     _hand_over(best, folder, policy, run, tokenizer)
     history = [h for h in trainer.state.log_history if "loss" in h]
-    write_json(folder / "log.json", {"steps": history, "guard": {"before": _plain(before), "probes": guard.history}})
-    shutil.rmtree(folder / "checkpoints")
+    write_json(folder / "log.json", {"steps": history, "guard": {"before": asdict(before), "probes": guard.history}})
     kept = int(best.name.removeprefix("checkpoint-"))
     return {
         "model": str(folder / "model"),
@@ -160,10 +162,6 @@ def _probe(run: Context, tokenizer: Any, prompts: Sequence[Prompt], autocast: An
     return probe
 
 
-def _plain(probe: Any) -> dict[str, float]:
-    return {"words": probe.words, "repetition": probe.repetition, "empty": probe.empty}
-
-
 def _lora(run: Context) -> Any:
     lora = run.config.train.lora
     if lora is None:
@@ -195,13 +193,13 @@ def _hand_over(checkpoint: Path, folder: Path, policy: Policy, run: Context, tok
         merged.save_pretrained(target)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         (folder / "adapter").mkdir()
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy2(checkpoint / file, folder / "adapter" / file)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy2(checkpoint / name, folder / "adapter" / name)
     else:
         target.mkdir()
-        for file in checkpoint.iterdir():
+        for file in checkpoint.iterdir():  # copied, not moved: the checkpoint stays whole until the stage is done
             if file.suffix in {".safetensors", ".json"} and file.name != "trainer_state.json":
-                shutil.move(str(file), target / file.name)
+                shutil.copy2(file, target / file.name)
     tokenizer.save_pretrained(target)
 
 

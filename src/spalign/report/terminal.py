@@ -29,7 +29,12 @@ def print_funnel(funnel: dict[str, Any], console: Console, *, title: str = "Funn
     table.add_row("pairs out", str(funnel["pairs"]))
     console.print(table)
     r = funnel["responses"]
-    console.print(Text(f"of {r['candidates']} candidates {r['unfinished']} were unfinished and {r['empty']} empty; these never enter a pair", style="dim"))
+    console.print(
+        Text(
+            f"of {r['candidates']} candidates {r['unfinished']} were unfinished and {r['empty']} empty; these never enter a pair",
+            style="dim",
+        )
+    )
 
 
 def _funnel(summary: dict[str, Any], console: Console) -> None:
@@ -40,12 +45,18 @@ def _funnel(summary: dict[str, Any], console: Console) -> None:
         training = iteration["training"]
         if training["collapsed"]:
             console.print(
-                Text(f"TRAINING STOPPED at step {training['steps']}: {training['collapsed']}. The model is that of step {training['steps_kept']}.", style="bold red")
+                Text(
+                    f"TRAINING STOPPED at step {training['steps']}: {training['collapsed']}. "
+                    f"The model is that of step {training['steps_kept']}.",
+                    style="bold red",
+                )
             )
     for recipe, other in summary["recipes"].items():
         f = other["funnel"]
         reasons = ", ".join(f"{n} {why}" for why, n in f["dropped"].items())
-        console.print(Text(f"recipe '{recipe}' on the same candidates: {f['kept']} of {f['prompts']} prompts kept, {f['pairs']} pairs ({reasons})"))
+        console.print(
+            Text(f"recipe '{recipe}' on the same candidates: {f['kept']} of {f['prompts']} prompts kept, {f['pairs']} pairs ({reasons})")
+        )
         console.print(Text(_consistency(other["consistency"]), style="dim"))
 
 
@@ -62,16 +73,23 @@ def _scores(summary: dict[str, Any], console: Console) -> None:
     for measure, slices in summary["measures"].items():
         shares = measure in ("refusal", "repetition", "finished")
         for label, by in slices.items():
-            show = (lambda x: f"{x:.1%}") if shares else (lambda x: f"{x:.2f}")
-            sign = (lambda x: f"{x:+.1%}") if shares else (lambda x: f"{x:+.2f}")
+            form = ".1%" if shares else ".2f"
             d = by["difference"]
             table.add_row(
-                measure if label == "all" else "", label, show(by["before"]["mean"]), show(by["after"]["mean"]),
-                f"{sign(d['mean'])} [{sign(d['ci'][0])}, {sign(d['ci'][1])}]",
+                measure if label == "all" else "",
+                label,
+                format(by["before"]["mean"], form),
+                format(by["after"]["mean"], form),
+                f"{d['mean']:+{form}} [{d['ci'][0]:+{form}}, {d['ci'][1]:+{form}}]",
             )
     console.print()
     console.print(table)
-    console.print(Text("Scores 0-10 by the frozen iteration-0 policy: NOT an independent judge. It shows what was learned, not that it is right.", style="yellow"))
+    console.print(
+        Text(
+            "Scores 0-10 by the frozen iteration-0 policy: NOT an independent judge. It shows what was learned, not that it is right.",
+            style="yellow",
+        )
+    )
 
 
 def _checks(summary: dict[str, Any], console: Console) -> None:

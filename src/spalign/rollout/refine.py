@@ -60,11 +60,15 @@ def choose(group: PromptGroup, drafts: Drafts, best: Callable[[Sequence[Response
 def paper_prompt(group: PromptGroup, constitution: Constitution) -> str:
     """The refinement prompt of the `paper` style: principles, conversation, every usable candidate with its scores, the instruction."""
     usable = [r for r in group.candidates if r.finished and r.text.strip()]
-    shown = "\n".join(
-        f"Answer {i} ({', '.join(f'{o} {r.scores[o]:.0f}/10' for o in constitution.objective_names if o in r.scores)}): {shorten(one_line(r.text), 1200)}"
-        for i, r in enumerate(usable, 1)
+    shown = "\n".join(f"Answer {i} ({_marks(r, constitution)}): {shorten(one_line(r.text), 1200)}" for i, r in enumerate(usable, 1))
+    return (
+        f"Principles, the first the most important:\n{constitution.principles}\n\n"
+        f"User: {one_line(group.prompt.text)}\n{shown}\n\n{constitution.refine_instruction}"
     )
-    return f"Principles, the first the most important:\n{constitution.principles}\n\nUser: {one_line(group.prompt.text)}\n{shown}\n\n{constitution.refine_instruction}"
+
+
+def _marks(response: Response, constitution: Constitution) -> str:
+    return ", ".join(f"{o} {response.scores[o]:.0f}/10" for o in constitution.objective_names if o in response.scores)
 
 
 def _cleaned(engine: Engine, response: Response) -> Response:

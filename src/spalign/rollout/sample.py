@@ -16,7 +16,9 @@ def seed_for(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
-def sample(engine: Engine, prompts: Sequence[Prompt], constitution: Constitution, config: SampleConfig, *, seed: int, purpose: str = "candidate") -> list[PromptGroup]:
+def sample(
+    engine: Engine, prompts: Sequence[Prompt], constitution: Constitution, config: SampleConfig, *, seed: int, purpose: str = "candidate"
+) -> list[PromptGroup]:
     """One group a prompt, in order, with config.n candidates; candidate i is drawn under system variant i modulo their number."""
     variants = constitution.system_variants
     asks = [Ask(p, i, v.text, v.name) for p in prompts for i in range(config.n) for v in [variants[i % len(variants)]]]

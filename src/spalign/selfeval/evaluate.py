@@ -48,8 +48,10 @@ def score_responses(
     return [dataclasses.replace(response, scores=s) for (_, response), s in zip(items, scores, strict=True)]
 
 
-def score_groups(engine: Engine, groups: Sequence[PromptGroup], objectives: Sequence[Objective], config: SelfEvaluationConfig) -> list[PromptGroup]:
-    """The groups with every finished candidate scored (stage 2, "Self-evaluation"). Unfinished ones never enter a pair and are left alone."""
+def score_groups(
+    engine: Engine, groups: Sequence[PromptGroup], objectives: Sequence[Objective], config: SelfEvaluationConfig
+) -> list[PromptGroup]:
+    """The groups with every finished candidate scored (stage 2). Unfinished ones never enter a pair and are left alone."""
     items = [(g.prompt, r) for g in groups for r in g.candidates if r.finished]
     scored = {r.id: r for r in score_responses(engine, items, objectives, config)}
     return [g.replace(candidates=tuple(scored.get(r.id, r) for r in g.candidates)) for g in groups]

@@ -39,7 +39,12 @@ class TrainingGroup:
 
     def __post_init__(self) -> None:
         n = len(self.responses)
-        if not self.prompt or not self.pairs or not all(self.responses) or any(not (0 <= i < n) for p in self.pairs for i in (p.chosen, p.rejected)):
+        if (
+            not self.prompt
+            or not self.pairs
+            or not all(self.responses)
+            or any(not (0 <= i < n) for p in self.pairs for i in (p.chosen, p.rejected))
+        ):
             raise DataError(
                 f"group {self.name}: an empty prompt or response, no pairs, or a pair that names no response",
                 hint="build groups with group_rows, which drops and counts such rows",
@@ -68,7 +73,8 @@ def group_rows(rows: Iterable[EncodedRow], *, max_length: int, needs_gap: bool) 
     for row in rows:
         if needs_gap and (row.gap is None or not math.isfinite(row.gap) or row.gap < 0):
             raise DataError(
-                f"row {row.name}: gap is {row.gap}", hint="give a finite 'gap' >= 0 (|difference of the summed scores|) in every row, or set alpha to 0"
+                f"row {row.name}: gap is {row.gap}",
+                hint="give a finite 'gap' >= 0 (|difference of the summed scores|) in every row, or set alpha to 0",
             )
         if not row.prompt or not row.chosen or not row.rejected:
             dropped["empty"] += 1
@@ -104,14 +110,18 @@ def encode_row(row: Mapping[str, Any], index: int, *, chat: Encode, answer: Enco
         prompt = row.get("prompt_ids")
         if prompt is None:
             prompt = chat(row["prompt"]) if isinstance(row["prompt"], list) else plain(row["prompt"])
-        sides = [ids if (ids := row.get(f"{side}_ids")) is not None else _completion(row[side], answer, name) for side in ("chosen", "rejected")]
+        sides = [
+            ids if (ids := row.get(f"{side}_ids")) is not None else _completion(row[side], answer, name) for side in ("chosen", "rejected")
+        ]
     except KeyError as e:
         raise DataError(f"row {name} has no column {e}", hint="rows need prompt, chosen and rejected (TRL's preference format)") from None
     gap = row.get("gap")
     try:
         gap = None if gap is None else float(gap)
     except (TypeError, ValueError):
-        raise DataError(f"row {name}: gap is {gap!r}", hint="give a finite number >= 0, or leave the column out and set alpha to 0") from None
+        raise DataError(
+            f"row {name}: gap is {gap!r}", hint="give a finite number >= 0, or leave the column out and set alpha to 0"
+        ) from None
     return EncodedRow(tuple(prompt), tuple(sides[0]), tuple(sides[1]), gap, name)
 
 

@@ -17,7 +17,7 @@ def pair_weights(gaps: Tensor, mean_gap: float | Tensor, alpha: float) -> Tensor
 
 
 def spa_loss(
-    chosen_logps: Tensor, rejected_logps: Tensor, weights: Tensor, *, beta: float, gamma: float, num_pairs: int | Tensor
+    chosen_logps: Tensor, rejected_logps: Tensor, weights: Tensor, *, beta: float, gamma: float, num_pairs: float | Tensor
 ) -> Tensor:
     """The loss of Eq. 3, a scalar.
 

@@ -86,9 +86,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
                 model.enable_input_require_grads()
         pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
         collator = partial(collate, layout=layout, pad=pad)
-        super().__init__(
-            model=model, args=args, train_dataset=groups, data_collator=collator, processing_class=processing_class, **kwargs
-        )
+        super().__init__(model=model, args=args, train_dataset=groups, data_collator=collator, processing_class=processing_class, **kwargs)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
         self._totals = StepTotals(1.0, 1.0)
         self._metrics: list[Tensor] = []
@@ -113,7 +111,9 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         encoded = (encode_row(row, i, chat=chat, answer=answer, plain=plain) for i, row in enumerate(rows))
         groups, dropped = group_rows(encoded, max_length=min(args.max_length or window, window), needs_gap=args.alpha > 0)
         if not groups:
-            raise DataError(f"no pair is left to train on (dropped: {dict(dropped)})", hint="see the reasons; raise max_length for 'too long'")
+            raise DataError(
+                f"no pair is left to train on (dropped: {dict(dropped)})", hint="see the reasons; raise max_length for 'too long'"
+            )
         return groups
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
@@ -136,10 +136,17 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         loss = spa_loss(chosen, rejected, weights, beta=self.args.beta, gamma=self.args.gamma, num_pairs=self._totals.pairs)
         with torch.no_grad():
             self._metrics.append(
-                torch.stack([
-                    (chosen > rejected).sum().float(), (chosen - rejected).sum(), chosen.sum(), rejected.sum(),
-                    count[inputs["chosen"]].sum().float(), count[inputs["rejected"]].sum().float(), torch.tensor(float(len(chosen)), device=loss.device),
-                ])
+                torch.stack(
+                    [
+                        (chosen > rejected).sum().float(),
+                        (chosen - rejected).sum(),
+                        chosen.sum(),
+                        rejected.sum(),
+                        count[inputs["chosen"]].sum().float(),
+                        count[inputs["rejected"]].sum().float(),
+                        torch.tensor(float(len(chosen)), device=loss.device),
+                    ]
+                )
             )
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {float(loss)} at step {self.state.global_step + 1}")
@@ -152,8 +159,13 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         if self._metrics:
             right, margin, chosen, rejected, c_len, r_len, n = torch.stack(self._metrics).sum(0).tolist()
             logs = {
-                **logs, "pairs/accuracy": right / n, "pairs/margin": margin / n, "logps/chosen": chosen / n, "logps/rejected": rejected / n,
-                "length/chosen": c_len / n, "length/rejected": r_len / n,
+                **logs,
+                "pairs/accuracy": right / n,
+                "pairs/margin": margin / n,
+                "logps/chosen": chosen / n,
+                "logps/rejected": rejected / n,
+                "length/chosen": c_len / n,
+                "length/rejected": r_len / n,
             }
             self._metrics.clear()
         super().log(logs, start_time)
@@ -166,4 +178,8 @@ class SPATrainer(Trainer):  # type: ignore[misc]
 
 def plain_groups(rows: Sequence[TrainingGroup]) -> list[TrainingGroup]:
     """The same pairs, each in a group of its own: what pair-by-pair trainers do; for comparison."""
-    return [TrainingGroup(g.prompt, (g.responses[p.chosen], g.responses[p.rejected]), (type(p)(0, 1, p.gap),), g.name) for g in rows for p in g.pairs]
+    return [
+        TrainingGroup(g.prompt, (g.responses[p.chosen], g.responses[p.rejected]), (type(p)(0, 1, p.gap),), g.name)
+        for g in rows
+        for p in g.pairs
+    ]

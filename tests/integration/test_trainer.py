@@ -1,0 +1,646 @@
+"""SPATrainer on tiny random models: every batch layout and every split of a step gives the numbers of Eq. 3, written out plainly here."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from spalign.config import GuardConfig
+from spalign.errors import DataError
+from spalign.training.batches import Layout, collate, layout_for, response_logps
+from spalign.training.groups import TrainingGroup, TrainingPair
+from spalign.training.guard import CollapseGuard, Probe
+from spalign.training.trainer import SPAConfig, SPATrainer, plain_groups
+
+BOS, EOS, PAD, VOCAB = 0, 1, 2, 200
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": BOS, "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}  # fmt: skip
+BETA, GAMMA, ALPHA = 2.5, 1.0, 1.5
+
+
+def llama(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes}))
+
+
+def mistral(window: int | None) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w4 .. w199 by their number; a BOS before plain text; a chat template."""
+    words = {"<s>": BOS, "</s>": EOS, "<pad>": PAD, "<user>": 3, **{f"w{i}": i for i in range(4, VOCAB)}}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    out = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    out.chat_template = "<s>{% for m in messages %} <user> {{ m.content }}{% endfor %}"
+    return out
+
+
+def ids(rng: random.Random, n: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(4, VOCAB) for _ in range(n))
+
+
+def groups_of(*shapes: tuple[int, int], seed: int = 0) -> list[TrainingGroup]:
+    """A group for each (responses, pairs); prompts and responses of all lengths, gaps of all sizes, one of them 0."""
+    rng = random.Random(seed)
+    out = []
+    for i, (n, k) in enumerate(shapes):
+        responses = tuple((*ids(rng, rng.randrange(0, 14)), EOS) for _ in range(n))
+        ordered = [(c, r) for c in range(n) for r in range(n) if c != r]
+        pairs = [TrainingPair(c, r, round(rng.uniform(0, 9), 2)) for c, r in rng.sample(ordered, k)]
+        if i == 0:
+            pairs[0] = TrainingPair(pairs[0].chosen, pairs[0].rejected, 0.0)
+        out.append(TrainingGroup((BOS, *ids(rng, rng.randrange(1, 9))), responses, tuple(pairs), f"g{i}"))
+    return out
+
+
+GROUPS = groups_of((4, 6), (2, 1), (3, 2), (5, 3))  # 14 responses, 12 pairs
+
+
+def arguments(folder: Path, **changes: Any) -> SPAConfig:
+    plain = {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "beta": BETA, "gamma": GAMMA, "alpha": ALPHA, "max_grad_norm": 0.0}
+    return SPAConfig(output_dir=str(folder), **{**plain, "lr_scheduler_type": "constant", "learning_rate": 1e-3, **changes})
+
+
+def trainer_for(folder: Path, model: Any, groups: Any = GROUPS, *, callbacks: Any = None, peft_config: Any = None, **changes: Any) -> SPATrainer:
+    args = arguments(folder, **changes)
+    return SPATrainer(model, args, groups, tokenizer(), peft_config=peft_config, callbacks=callbacks)
+
+
+# -- Eq. 3, written out -----------------------------------------------------------------------------------------------
+
+
+def plain_logp(model: PreTrainedModel, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+    """1/|y| log pi(y|x): the prompt and one response in a row of their own, no mask, no positions, all logits."""
+    logps = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+    at = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return torch.stack([logps[i, token] for i, token in zip(at, response, strict=True)]).mean()
+
+
+def eq3(model: PreTrainedModel, groups: list[TrainingGroup], *, alpha: float = ALPHA) -> Tensor:
+    pairs = [(g, p) for g in groups for p in g.pairs]
+    mean_gap = sum(p.gap for _, p in pairs) / len(pairs)
+    total = torch.zeros(())
+    for g, p in pairs:
+        chosen, rejected = (plain_logp(model, g.prompt, g.responses[i]) for i in (p.chosen, p.rejected))
+        weight = (p.gap / mean_gap) ** alpha
+        total = total - weight * torch.log(torch.sigmoid(BETA * chosen - BETA * rejected - GAMMA))
+    return total / len(pairs)
+
+
+def gradient(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.grad.reshape(-1) if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+
+
+def weights(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Relative difference of two vectors."""
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[float, Tensor]:
+    """Loss and gradient of Eq. 3 over all GROUPS as one step."""
+    model = llama()
+    loss = eq3(model, GROUPS)
+    loss.backward()
+    return float(loss.detach()), gradient(model)
+
+
+def step(trainer: SPATrainer, batches: list[dict[str, Tensor]]) -> tuple[float, Tensor]:
+    """Summed loss and gradient of one optimiser step in these micro-batches."""
+    trainer.model.zero_grad()
+    got, items = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+    assert items is None
+    losses = [trainer.compute_loss(trainer.model, batch) for batch in got]
+    torch.stack(losses).sum().backward()
+    return sum(float(x.detach()) for x in losses), gradient(trainer.model)
+
+
+def split(groups: list[TrainingGroup], size: int, layout: Layout = "packed") -> list[dict[str, Tensor]]:
+    return [collate(groups[i : i + size], layout=layout, pad=PAD) for i in range(0, len(groups), size)]
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_log_probabilities_are_those_of_a_row_of_its_own(layout: Layout) -> None:
+    model = llama()
+    with torch.no_grad():
+        means, count = response_logps(model, collate(GROUPS, layout=layout, pad=PAD))
+        plain = torch.stack([plain_logp(model, g.prompt, r) for g in GROUPS for r in g.responses])
+    assert count.tolist() == [len(r) for g in GROUPS for r in g.responses]
+    assert float(((means - plain) / plain).abs().max()) < 1e-5
+
+
+def test_a_sliding_window_uses_padded_rows_and_gives_the_same_numbers() -> None:
+    # prompt and response reach 22 tokens, the window is 4
+    model = mistral(window=4)
+    assert layout_for(model.config) == "padded"
+    with torch.no_grad():
+        means, _ = response_logps(model, collate(GROUPS, layout="padded", pad=PAD))
+        packed, _ = response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
+        plain = torch.stack([plain_logp(model, g.prompt, r) for g in GROUPS for r in g.responses])
+    assert float(((means - plain) / plain).abs().max()) < 1e-5
+    assert float(((packed - plain) / plain).abs().max()) > 1e-2  # why the layout matters
+
+
+def test_eager_attention_uses_padded_rows_and_gives_the_same_numbers() -> None:
+    model = llama(attn_implementation="eager")
+    assert layout_for(model.config) == "padded"
+    with torch.no_grad():
+        means, _ = response_logps(model, collate(GROUPS, layout="padded", pad=PAD))
+        packed, _ = response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
+        plain = torch.stack([plain_logp(model, g.prompt, r) for g in GROUPS for r in g.responses])
+    assert float(((means - plain) / plain).abs().max()) < 1e-5
+    assert float(((packed - plain) / plain).abs().max()) > 1e-2  # a boolean mask would be added to the scores
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        (LlamaConfig(**SHAPE), "packed"),
+        (MistralConfig(**SHAPE, sliding_window=None), "packed"),
+        (MistralConfig(**SHAPE, sliding_window=64), "padded"),
+        (LlamaConfig(**SHAPE, attn_implementation="flash_attention_2"), "padded"),
+    ],
+)
+def test_layout(config: Any, layout: Layout) -> None:
+    assert layout_for(config) == layout
+
+
+def test_only_the_logits_that_predict_responses_are_computed() -> None:
+    model = llama()
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[0] * out.shape[1]))
+    response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
+    assert seen == [sum(len(r) for g in GROUPS for r in g.responses)]
+
+
+# -- loss and gradient ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_micro_batches_add_up_to_eq3(tmp_path: Path, truth: tuple[float, Tensor], size: int, layout: Layout) -> None:
+    loss, grad = step(trainer_for(tmp_path, llama()), split(GROUPS, size, layout))
+    assert loss == pytest.approx(truth[0], rel=1e-5)
+    assert gap(grad, truth[1]) < 1e-5
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (2, 0, 3, 1)])
+def test_the_order_of_prompts_does_not_matter(tmp_path: Path, truth: tuple[float, Tensor], order: tuple[int, ...]) -> None:
+    loss, grad = step(trainer_for(tmp_path, llama()), split([GROUPS[i] for i in order], 2))
+    assert loss == pytest.approx(truth[0], rel=1e-5)
+    assert gap(grad, truth[1]) < 1e-5
+
+
+def test_pair_by_pair_groups_give_the_same(tmp_path: Path, truth: tuple[float, Tensor]) -> None:
+    plain = plain_groups(GROUPS)
+    assert len(plain) == 12 and {len(g.responses) for g in plain} == {2}
+    loss, grad = step(trainer_for(tmp_path, llama()), split(plain, 5))
+    assert loss == pytest.approx(truth[0], rel=1e-5)
+    assert gap(grad, truth[1]) < 1e-5
+
+
+def test_alpha_zero_needs_no_gaps(tmp_path: Path) -> None:
+    none = [TrainingGroup(g.prompt, g.responses, tuple(TrainingPair(p.chosen, p.rejected, 0.0) for p in g.pairs)) for g in GROUPS]
+    loss, grad = step(trainer_for(tmp_path, llama(), none, alpha=0.0), split(none, 2))
+    model = llama()
+    simpo = eq3(model, GROUPS, alpha=0.0)
+    simpo.backward()
+    assert loss == pytest.approx(float(simpo), rel=1e-5)
+    assert gap(grad, gradient(model)) < 1e-5
+    with pytest.raises(DataError, match="all gaps of an optimiser step are 0"):
+        step(trainer_for(tmp_path, llama(), none), split(none, 2))
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, truth: tuple[float, Tensor]) -> None:
+    trainer = trainer_for(tmp_path, llama(), gradient_checkpointing=True)
+    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer.model.train()
+    _, grad = step(trainer, split(GROUPS, 2))
+    assert gap(grad, truth[1]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # TRL's own: its trainer is a reference here, not a dependency
+def test_alpha_zero_equals_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    rows = [
+        {"prompt": "w4 w5 w6", "chosen": " w7 w8 w9 w10", "rejected": " w11 w12"},
+        {"prompt": "w4 w5 w6", "chosen": " w11 w12", "rejected": " w20 w21 w22"},
+        {"prompt": "w30", "chosen": " w31", "rejected": " w32 w33 w34 w35 w36"},
+    ]
+    theirs_args = CPOConfig(
+        output_dir=str(tmp_path), loss_type="simpo", cpo_alpha=0.0, alpha=0.0, beta=BETA, simpo_gamma=GAMMA, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, per_device_train_batch_size=3, report_to="none", disable_tqdm=True, max_length=64,
+    )  # fmt: skip
+    theirs = CPOTrainer(model=llama(), args=theirs_args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+    their_loss, metrics = theirs.get_batch_loss_metrics(theirs.model, next(iter(theirs.get_train_dataloader())))
+    their_loss.backward()
+
+    ours = trainer_for(tmp_path, llama(), rows, alpha=0.0)
+    groups = list(ours.train_dataset)
+    assert [(len(g.responses), len(g.pairs)) for g in groups] == [(3, 2), (2, 1)]
+    loss, grad = step(ours, split(groups, 1))
+    assert loss == pytest.approx(float(their_loss.detach()), rel=1e-5)
+    assert gap(grad, gradient(theirs.model)) < 1e-5
+    ours.log({})
+    assert ours.state.log_history[-1]["logps/chosen"] == pytest.approx(metrics["logps/chosen"], rel=1e-5)
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_become_groups_with_template_bos_and_eos(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "w4 w5"}]
+    rows = [
+        {"prompt": turns, "chosen": [{"role": "assistant", "content": "w6"}], "rejected": [{"role": "assistant", "content": "w7 w8"}], "gap": 2},
+        {"prompt": "w4 w5", "chosen": "w6 </s>", "rejected": "w7", "gap": 3},
+        {"prompt_ids": [0, 9], "chosen_ids": [10], "rejected_ids": [11, 1], "gap": 4, "extra": [1, 2]},
+    ]
+    trainer = trainer_for(tmp_path, llama(), rows)
+    assert [(g.prompt, g.responses) for g in trainer.train_dataset] == [
+        ((0, 3, 4, 5), ((6, 1), (7, 8, 1))),  # conversational: template, EOS
+        ((0, 4, 5), ((6, 1), (7, 1))),  # plain: BOS, one EOS
+        ((0, 9), ((10,), (11, 1))),  # ids as they are
+    ]
+
+
+def test_rows_that_leave_nothing_or_lack_gaps_are_refused(tmp_path: Path) -> None:
+    row = {"prompt": "w4", "chosen": "w6", "rejected": "w7"}
+    with pytest.raises(DataError, match="gap is None"):
+        trainer_for(tmp_path, llama(), [row])
+    with pytest.raises(DataError, match="the training data is empty"):
+        trainer_for(tmp_path, llama(), [])
+    with pytest.raises(DataError, match=r"no pair is left to train on \(dropped: {'too long': 1}\)"):
+        trainer_for(tmp_path, llama(), [{**row, "gap": 1}], max_length=3)  # 2 prompt tokens and 2
+    with pytest.raises(DataError, match="too long"):  # the model's window
+        trainer_for(tmp_path, llama(max_position_embeddings=3), [{**row, "gap": 1}], max_length=100)
+
+
+@pytest.mark.parametrize("bad", [{"beta": 0.0}, {"gamma": -0.1}, {"alpha": -1.0}])
+def test_senseless_arguments_are_refused(tmp_path: Path, bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="beta must be > 0"):
+        arguments(tmp_path, **bad)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+class Order(TrainerCallback):  # type: ignore[misc]
+    """Ends training as told; records nothing."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = state.global_step >= self.at
+        return control
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(4, 1), (2, 2), (1, 4), (3, 2)])
+def test_a_step_of_the_trainer_is_the_gradient_of_eq3(tmp_path: Path, truth: tuple[float, Tensor], batch: int, accumulate: int) -> None:
+    # SGD at rate 0.1: the weights move by -0.1 times the gradient, so nothing divided the loss on its way; the log says the loss itself
+    model = llama()
+    before = weights(model)
+    trainer = trainer_for(
+        tmp_path, model, optim="sgd", learning_rate=0.1, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate
+    )
+    trainer.train()
+    assert gap((before - weights(model)) / 0.1, truth[1]) < 1e-3  # fp32 subtraction of nearly equal weights
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(truth[0], rel=1e-5)
+    assert logged["grad_norm"] == pytest.approx(float(truth[1].norm()), rel=1e-4)
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(truth[0], rel=1e-5)
+
+
+def test_a_short_last_step_is_averaged_over_its_own_pairs(tmp_path: Path) -> None:
+    # four prompts, three a step: steps of 3 and 1; at rate 0 the model stays, so every step's loss is Eq. 3 of its own prompts
+    seen: list[list[str]] = []
+    trainer = trainer_for(
+        tmp_path, llama(), optim="sgd", learning_rate=0.0, num_train_epochs=1, gradient_accumulation_steps=3, per_device_train_batch_size=1
+    )
+    inner = trainer.data_collator
+    trainer.data_collator = lambda groups: seen.append([g.name for g in groups]) or inner(groups)
+    trainer.train()
+    names = [name for batch in seen for name in batch]
+    by_name = {g.name: g for g in GROUPS}
+    model = llama()
+    with torch.no_grad():
+        expected = [float(eq3(model, [by_name[n] for n in part])) for part in (names[:3], names[3:4])]
+    assert [e["loss"] for e in trainer.state.log_history if "loss" in e] == pytest.approx(expected, rel=1e-5)
+
+
+def test_logging_less_often_averages_steps_and_pools_pairs(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, llama(), optim="sgd", learning_rate=0.0, max_steps=4, logging_steps=4, gradient_accumulation_steps=1)
+    trainer.train()
+    model = llama()
+    with torch.no_grad():
+        loss = sum(float(eq3(model, [g])) for g in GROUPS) / 4
+        logps = [(plain_logp(model, g.prompt, g.responses[p.chosen]), plain_logp(model, g.prompt, g.responses[p.rejected])) for g in GROUPS for p in g.pairs]
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss, rel=1e-5)
+    assert logged["pairs/accuracy"] == pytest.approx(sum(c > r for c, r in logps) / 12)
+    assert logged["logps/chosen"] == pytest.approx(float(sum(c for c, _ in logps)) / 12, rel=1e-5)
+    assert logged["pairs/margin"] == pytest.approx(float(sum(c - r for c, r in logps)) / 12, rel=1e-4)
+    lengths = [len(g.responses[p.chosen]) for g in GROUPS for p in g.pairs]
+    assert logged["length/chosen"] == pytest.approx(sum(lengths) / 12)
+
+
+def test_training_lowers_the_loss_and_ranks_the_pairs(tmp_path: Path) -> None:
+    # responses of a prompt in one order each, so that every pair can be won
+    rng = random.Random(1)
+    groups = []
+    for i in range(4):
+        responses = tuple((*ids(rng, 3 + i), EOS) for _ in range(3))
+        groups.append(TrainingGroup((BOS, *ids(rng, 4)), responses, (TrainingPair(0, 1, 2.0), TrainingPair(1, 2, 1.0), TrainingPair(0, 2, 3.0)), f"g{i}"))
+    trainer = trainer_for(tmp_path, llama(), groups, max_steps=30, learning_rate=3e-3, per_device_train_batch_size=4)
+    trainer.train()
+    logs = [e for e in trainer.state.log_history if "loss" in e]
+    assert logs[-1]["loss"] < 0.25 * logs[0]["loss"]
+    assert logs[0]["pairs/accuracy"] < 1.0
+    assert logs[-1]["pairs/accuracy"] == 1.0
+    with torch.no_grad():
+        for g in groups:
+            best, middle, worst = (float(plain_logp(trainer.model, g.prompt, r)) for r in g.responses)
+            assert best > middle > worst
+
+
+def trained(folder: Path, **changes: Any) -> Tensor:
+    """Weights after training on eight groups with the optimiser's defaults, shuffled."""
+    model = llama()
+    trainer = trainer_for(folder, model, EIGHT, **{"num_train_epochs": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine", **changes})
+    trainer.train()
+    return weights(model)
+
+
+EIGHT = groups_of((3, 2), (2, 1), (4, 5), (2, 2), (3, 3), (2, 1), (2, 1), (3, 4), seed=1)
+
+
+def test_gradient_accumulation_gives_the_same_weights(tmp_path: Path) -> None:
+    one = trained(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    two = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert gap(one, weights(llama())) > 1e-3  # it moved
+    assert gap(one, two) < 1e-5
+
+
+def test_resuming_from_a_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
+    # two epochs of 4 steps; stopped after step 3, in the middle of the first epoch
+    through = trained(tmp_path / "a", per_device_train_batch_size=2)
+    settings = {"num_train_epochs": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 2}
+    first = trainer_for(tmp_path / "b", llama(), EIGHT, callbacks=[Order(at=3)], save_strategy="steps", save_steps=3, **settings)
+    first.train()
+    assert first.state.global_step == 3
+    model = llama(seed=7)  # other weights: all must come from the checkpoint
+    second = trainer_for(tmp_path / "b", model, EIGHT, **settings)
+    second.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert second.state.global_step == 8
+    assert gap(weights(model), through) < 1e-6
+
+
+class Poison(TrainerCallback):  # type: ignore[misc]
+    """Breaks a weight after step `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> Any:
+        if state.global_step == self.at:
+            with torch.no_grad():
+                model.lm_head.weight[5, 0] = float("nan")
+        return control
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, at: int) -> None:
+    model = llama()
+    if at == 0:
+        with torch.no_grad():
+            model.lm_head.weight[5, 0] = float("inf")
+    trainer = trainer_for(tmp_path, model, callbacks=[Poison(at)], max_steps=5)
+    with pytest.raises(FloatingPointError, match=f"loss is nan at step {at + 1}$"):
+        trainer.train()
+
+
+def test_bf16_is_autocast_over_fp32_weights(tmp_path: Path, truth: tuple[float, Tensor]) -> None:
+    model = llama()
+    before = weights(model)
+    seen: list[torch.dtype] = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    trainer = trainer_for(tmp_path, model, bf16=True, max_steps=1, per_device_train_batch_size=4, optim="sgd", learning_rate=1e-5)
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    moved = before - weights(model)
+    assert float((moved != 0).float().mean()) > 0.2  # bf16 weights would lose nearly all updates of this size
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(truth[0], rel=2e-2)
+    trainer.save_model()
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+
+
+# -- what is saved ----------------------------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def test_a_saved_model_is_safetensors_and_loads_again(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, llama(), max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert not [n for n in names(tmp_path) if Path(n).suffix in {".bin", ".pt", ".pth"}]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names(tmp_path)
+    again = SPATrainer(str(tmp_path), arguments(tmp_path), GROUPS)  # model and tokenizer by name
+    assert torch.equal(weights(again.model), weights(trainer.model))
+    assert next(again.model.parameters()).dtype == torch.float32
+    assert again.processing_class.eos_token_id == EOS
+
+
+def test_lora_trains_and_saves_an_adapter(tmp_path: Path) -> None:
+    base = llama()
+    frozen = weights(base)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = trainer_for(tmp_path, base, peft_config=config, max_steps=15, learning_rate=2e-2, per_device_train_batch_size=4)
+    trainer.train()
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model()
+    assert "adapter_model.safetensors" in names(tmp_path)
+    assert not [n for n in names(tmp_path) if Path(n).suffix in {".bin", ".pt", ".pth"} or n == "model.safetensors"]
+    fresh = llama()
+    assert torch.equal(weights(fresh), frozen)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
+    trainer.model.eval()
+    with torch.no_grad():
+        batch = collate(GROUPS, layout="packed", pad=PAD)
+        ours, plain = response_logps(trainer.model, batch)[0], response_logps(loaded, batch)[0]
+        with loaded.disable_adapter():
+            before = response_logps(loaded, batch)[0]
+    assert torch.allclose(ours, plain, rtol=1e-5)
+    assert float((ours - before).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_reaches_an_adapter(tmp_path: Path, checkpointing: bool) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = trainer_for(tmp_path, llama(), peft_config=config, max_steps=1, gradient_checkpointing=checkpointing, per_device_train_batch_size=4)
+    trainer.train()
+    moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
+    assert len(moved) == 4 and all(float(p.detach().abs().max()) > 0 for p in moved)  # B starts at 0
+
+
+# -- the guard --------------------------------------------------------------------------------------------------------
+
+FINE = Probe(words=50, repetition=0.1, empty=0.0)
+
+
+def guarded(folder: Path, script: list[Probe], **changes: Any) -> tuple[SPATrainer, CollapseGuard]:
+    script = list(script)
+    guard = CollapseGuard(lambda model: script.pop(0), before=FINE, config=GuardConfig(every_steps=2))
+    trainer = trainer_for(folder, llama(), callbacks=[guard], **{"max_steps": 7, "learning_rate": 1e-4, **changes})
+    trainer.train()
+    assert not script  # every probe was asked for
+    return trainer, guard
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("checkpoint-*"))
+
+
+STRATEGIES = [{"save_strategy": "no"}, {"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "epoch"}]
+
+
+@pytest.mark.parametrize("saving", STRATEGIES)
+def test_passing_probes_save_checkpoints_also_after_the_last_step(tmp_path: Path, saving: dict[str, Any]) -> None:
+    trainer, guard = guarded(tmp_path, [FINE] * 4, **saving)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-7"]
+    assert trainer.state.global_step == 7
+    assert guard.collapsed is None
+    assert guard.history == [{"step": s, "words": 50, "repetition": 0.1, "empty": 0.0} for s in (2, 4, 6, 7)]
+
+
+@pytest.mark.parametrize("saving", STRATEGIES)
+def test_a_collapse_stops_training_and_saves_nothing(tmp_path: Path, saving: dict[str, Any]) -> None:
+    trainer, guard = guarded(tmp_path, [FINE, Probe(words=10, repetition=0.1, empty=0.0)], **saving)
+    assert trainer.state.global_step == 4
+    assert guard.collapsed == "length collapse: answers fell from 50 to 10 words"
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert [h["step"] for h in guard.history] == [2, 4]
+
+
+def test_a_collapse_at_the_last_step_is_found(tmp_path: Path) -> None:
+    trainer, guard = guarded(tmp_path, [FINE, Probe(50, 0.1, 0.5)], max_steps=3)
+    assert trainer.state.global_step == 3
+    assert guard.collapsed == "empty answers: 0% before, 50% now"
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+def test_the_guard_probes_the_model_that_trains(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def probe(model: Any) -> Probe:
+        seen.append(weights(model))
+        return FINE
+
+    trainer = trainer_for(tmp_path, llama(), callbacks=[CollapseGuard(probe, FINE, GuardConfig(every_steps=1))], max_steps=2)
+    trainer.train()
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], weights(trainer.model))
+
+
+# -- several ranks ----------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def ddp_settings() -> dict[str, Any]:
+    return {"num_train_epochs": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine"}
+
+
+@pytest.fixture
+def workers() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for p in started:
+        p.kill()
+        p.wait()
+
+
+def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
+    # a step of four prompts: two ranks with two micro-batches of one, against one rank with one of four
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    for rank in "01":
+        env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        workers.append(subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    model = llama()
+    alone = trainer_for(tmp_path / "alone", model, EIGHT, per_device_train_batch_size=4, **ddp_settings())
+    alone.train()
+    for p in workers:
+        out, _ = p.communicate(timeout=120)
+        assert p.returncode == 0, out
+    together = [load_file(tmp_path / f"rank{r}.safetensors")["weights"] for r in "01"]
+    assert torch.equal(together[0], together[1])
+    assert gap(weights(model), weights(llama())) > 1e-3  # it moved
+    assert gap(together[0], weights(model)) < 1e-5
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-5)
+
+
+def worker(folder: Path) -> None:
+    rank = os.environ["RANK"]
+    model = llama()
+    trainer = trainer_for(
+        folder / "two", model, EIGHT, per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo", **ddp_settings()
+    )
+    trainer.train()
+    assert trainer.accelerator.num_processes == 2
+    save_file({"weights": weights(model)}, folder / f"rank{rank}.safetensors")
+    if rank == "0":
+        (folder / "losses.json").write_text(json.dumps([e["loss"] for e in trainer.state.log_history if "loss" in e]))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
