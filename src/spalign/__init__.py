@@ -1,3 +1,62 @@
-"""spalign: make a language model trustworthy first and helpful second (SPA, AAAI 2026)."""
+"""spalign: make a language model trustworthy first and helpful second (SPA, AAAI 2026).
+
+The public API. Importing it loads no torch; `SPAConfig` and `SPATrainer` load it when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from spalign.config import RunConfig, load_config
+    from spalign.constitution import Constitution, Objective, load_constitution
+    from spalign.engines.scripted import ScriptedEngine
+    from spalign.engines.transformers import TransformersEngine
+    from spalign.errors import SpalignError
+    from spalign.pipeline import run
+    from spalign.preference import denoise, make_pairs, select_pairs
+    from spalign.prompts import load_prompts
+    from spalign.rollout import choose, draft, sample
+    from spalign.selfeval import score_groups, score_responses
+    from spalign.training.loss import pair_weights, spa_loss
+    from spalign.training.trainer import SPAConfig, SPATrainer
+    from spalign.types import Message, PreferencePair, Prompt, PromptGroup, Response
+
+_HOME = {
+    "Constitution": "constitution",
+    "Message": "types",
+    "Objective": "constitution",
+    "PreferencePair": "types",
+    "Prompt": "types",
+    "PromptGroup": "types",
+    "Response": "types",
+    "RunConfig": "config",
+    "SPAConfig": "training.trainer",
+    "SPATrainer": "training.trainer",
+    "ScriptedEngine": "engines.scripted",
+    "SpalignError": "errors",
+    "TransformersEngine": "engines.transformers",
+    "choose": "rollout",
+    "denoise": "preference",
+    "draft": "rollout",
+    "load_config": "config",
+    "load_constitution": "constitution",
+    "load_prompts": "prompts",
+    "make_pairs": "preference",
+    "pair_weights": "training.loss",
+    "run": "pipeline",
+    "sample": "rollout",
+    "score_groups": "selfeval",
+    "score_responses": "selfeval",
+    "select_pairs": "preference",
+    "spa_loss": "training.loss",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"spalign.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'spalign' has no attribute '{name}'")

@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "self_evaluation": {"scorer": "likert", "thresholds": {}, "use_constitution_thresholds": False},
         "refine": {"style": "paper", "drafts": 1},
-        "denoise": {"consistency": "strict", "tau": None, "tau_quantile": 0.32},
+        "denoise": {"consistency": "strict", "tau": "32%"},
         "pairs": {"delta": 1.0, "max_per_prompt": None, "balance_length": False},
     },
 }
@@ -114,19 +114,16 @@ class DenoiseConfig(_Part):
 
     consistency: Literal["strict", "above_mean"] = "above_mean"
     """strict: the refined response is above every candidate on every objective; above_mean: above the candidates' mean."""
-    tau: Annotated[float, Field(gt=0)] | None = None
-    """Upper bound of det(Sigma), in units of scale^(2k); excludes tau_quantile."""
-    tau_quantile: Share | None = None
-    """tau as this quantile of det(Sigma) over the run's consistent groups with det > 0."""
+    tau: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^(100|[1-9]?\d)(\.\d+)?%$")] | None = "90%"
+    """Upper bound of det(Sigma): a number in units of scale^(2k), or a quantile ("32%") of the run's consistent groups with det > 0."""
     ddof: Literal[0, 1] = 1
     scale: Annotated[float, Field(gt=0)] = 10.0
     """Scores are expressed on 0..scale before Sigma is taken."""
 
-    @model_validator(mode="after")
-    def _one_tau(self) -> Self:
-        if self.tau is not None and self.tau_quantile is not None:
-            raise ValueError("tau and tau_quantile exclude each other; set one of them to null (recipe 'paper' gives tau_quantile)")
-        return self
+    @property
+    def tau_quantile(self) -> float | None:
+        """The quantile that tau is, as a share; None where it is a constant or absent."""
+        return float(self.tau.removesuffix("%")) / 100 if isinstance(self.tau, str) else None
 
 
 class PairsConfig(_Part):

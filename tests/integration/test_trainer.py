@@ -130,6 +130,15 @@ def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose their time to threads that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def truth() -> tuple[float, Tensor]:
     """Loss and gradient of Eq. 3 over all GROUPS as one step."""
@@ -242,7 +251,7 @@ def test_alpha_zero_needs_no_gaps(tmp_path: Path) -> None:
     model = llama()
     simpo = eq3(model, GROUPS, alpha=0.0)
     simpo.backward()
-    assert loss == pytest.approx(float(simpo), rel=1e-5)
+    assert loss == pytest.approx(float(simpo.detach()), rel=1e-5)
     assert gap(grad, gradient(model)) < 1e-5
     with pytest.raises(DataError, match="all gaps of an optimiser step are 0"):
         step(trainer_for(tmp_path, llama(), none), split(none, 2))

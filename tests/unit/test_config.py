@@ -94,7 +94,7 @@ def test_with_recipe_keeps_everything_else():
     paper = robust.with_recipe("paper")
     thresholds = {"self_evaluation.thresholds.harmlessness", "self_evaluation.scorer.harmlessness", "self_evaluation.scorer.helpfulness"}
     assert changed(robust, paper) <= RECIPE_OPTIONS | {"recipe", "compare"} | thresholds
-    assert (paper.denoise.tau, paper.denoise.tau_quantile, paper.denoise.ddof) == (None, 0.32, 0)
+    assert (paper.denoise.tau, paper.denoise.tau_quantile, paper.denoise.ddof) == ("32%", 0.32, 0)
     assert changed(robust, paper.with_recipe("robust")) <= {"compare", "denoise.tau"} | thresholds | RECIPE_OPTIONS
     assert paper.with_recipe("robust").with_recipe("paper") == paper
 
@@ -106,7 +106,7 @@ def test_an_option_of_the_user_beats_the_recipe(tmp_path):
     assert changed(config_from({"name": "a", "recipe": "paper"}), config) == {"pairs.delta", "refine.drafts"}
 
 
-@pytest.mark.parametrize("option", sorted(RECIPE_OPTIONS - {"denoise.tau", "self_evaluation.thresholds"}))
+@pytest.mark.parametrize("option", sorted(RECIPE_OPTIONS - {"self_evaluation.thresholds"}))
 def test_an_ablation_is_one_set(option):
     part, key = option.split(".")
     paper = RECIPES["paper"][part][key]
@@ -114,10 +114,16 @@ def test_an_ablation_is_one_set(option):
     assert changed(RunConfig(name="a"), config) == {option}
 
 
-def test_one_of_tau_and_its_quantile(tmp_path):
-    (line,) = refused(tmp_path, "name: a\nrecipe: paper\ndenoise:\n  tau: 0.5\n")
-    assert line.startswith("FILE:3: denoise: tau and tau_quantile exclude each other; set one of them to null")
-    assert config_from({"name": "a", "recipe": "paper"}, ("denoise.tau=0.5", "denoise.tau_quantile=null")).denoise.tau == 0.5
+@pytest.mark.parametrize(("tau", "constant", "quantile"), [("0.5", 0.5, None), ("32%", "32%", 0.32), ("100%", "100%", 1.0), ("null", None, None)])
+def test_tau_is_a_constant_a_quantile_or_absent(tau, constant, quantile):
+    denoise = config_from({"name": "a", "recipe": "paper"}, (f"denoise.tau={tau}",)).denoise
+    assert (denoise.tau, denoise.tau_quantile) == (constant, quantile)
+
+
+@pytest.mark.parametrize("tau", ["0", "-1", "101%", "32 %", "x", ".inf"])
+def test_other_taus_are_refused(tau):
+    with pytest.raises(ConfigError, match="denoise.tau"):
+        config_from({"name": "a"}, (f"denoise.tau={tau}",))
 
 
 # --set

@@ -227,15 +227,15 @@ def test_tau_is_an_inclusive_bound(tau: float | None, reason: DropReason | None)
 
 def test_tau_is_the_configured_one_or_a_quantile_of_the_positive_dets() -> None:
     dets = [3.0, 1.0, 0.0, 2.0, 5.0]
-    assert resolve_tau(dets, DenoiseConfig()) is None
+    assert resolve_tau(dets, DenoiseConfig(tau=None)) is None
     assert resolve_tau(dets, DenoiseConfig(tau=0.4)) == 0.4
     # of 1, 2, 3, 5: position 0.5 * 3 = 1.5, halfway between 2 and 3; 0.9 * 3 = 2.7, 3 + 0.7 * 2
-    assert resolve_tau(dets, DenoiseConfig(tau_quantile=0.5)) == 2.5
-    assert resolve_tau(dets, DenoiseConfig(tau_quantile=0.9)) == pytest.approx(4.4)
-    assert resolve_tau(dets, DenoiseConfig(tau_quantile=1.0)) == 5.0
-    assert resolve_tau([0.0], DenoiseConfig(tau_quantile=0.5)) is None
+    assert resolve_tau(dets, DenoiseConfig(tau="50%")) == 2.5
+    assert resolve_tau(dets, DenoiseConfig(tau="90%")) == pytest.approx(4.4)
+    assert resolve_tau(dets, DenoiseConfig(tau="100%")) == 5.0
+    assert resolve_tau([0.0], DenoiseConfig(tau="50%")) is None
     # 0.29 * 100 is 28.999999999999996, yet the quantile is the value with 29 below it
-    assert resolve_tau([float(i) for i in range(1, 102)], DenoiseConfig(tau_quantile=0.29)) == 30.0
+    assert resolve_tau([float(i) for i in range(1, 102)], DenoiseConfig(tau="29%")) == 30.0
 
 
 def test_the_quantile_counts_consistent_informative_groups_only() -> None:
@@ -249,7 +249,7 @@ def test_the_quantile_counts_consistent_informative_groups_only() -> None:
         make_group(scaled[1], (10.0, 10.0)),
         make_group(ROWS, None),
     ]
-    verdicts = denoise(groups, BOTH, DenoiseConfig(consistency="strict", tau_quantile=0.5))
+    verdicts = denoise(groups, BOTH, DenoiseConfig(consistency="strict", tau="50%"))
     assert [v.group for v in verdicts] == groups
     expected = [DropReason.UNSTABLE, DropReason.NOT_DOMINATING, None, DropReason.UNINFORMATIVE, None, DropReason.EMPTY]
     assert [v.reason for v in verdicts] == expected
@@ -270,11 +270,11 @@ def runs(draw: st.DrawFn) -> list[PromptGroup]:
 
 
 @properties
-@given(runs(), st.randoms(use_true_random=False), st.sampled_from([None, 0.32, 1.0]), st.sampled_from(["strict", "above_mean"]))
+@given(runs(), st.randoms(use_true_random=False), st.sampled_from([None, "32%", "100%"]), st.sampled_from(["strict", "above_mean"]))
 def test_a_verdict_does_not_depend_on_the_order_of_groups_or_candidates(
-    groups: list[PromptGroup], random: Any, quantile: float | None, consistency: Literal["strict", "above_mean"]
+    groups: list[PromptGroup], random: Any, tau: str | None, consistency: Literal["strict", "above_mean"]
 ) -> None:
-    config = DenoiseConfig(consistency=consistency, tau_quantile=quantile)
+    config = DenoiseConfig(consistency=consistency, tau=tau)
     before = {v.group.prompt.id: (v.reason, v.det) for v in denoise(groups, BOTH, config)}
     assert len(before) == len(groups)
     shuffled = [g.replace(candidates=tuple(random.sample(g.candidates, len(g.candidates)))) for g in groups]

@@ -51,7 +51,7 @@ def advice(funnel: dict[str, Any]) -> str:
         "ceiling": "the judge gives top marks to everything: use self_evaluation.scorer=yes_no, or denoise.consistency=above_mean",
         "not dominating": "use denoise.consistency=above_mean, more refine.drafts, or refine.style=principled",
         "uninformative": "the judge says the same of every candidate: use self_evaluation.scorer=yes_no, or a higher sample.temperature",
-        "unstable": "raise denoise.tau or denoise.tau_quantile",
+        "unstable": "raise denoise.tau",
         "below margin": "lower pairs.delta",
     }
     return f"{dropped[worst]} of {funnel['prompts']} prompts left as '{worst}': {fixes[worst]}"

@@ -133,9 +133,12 @@ def _gram_det(matrix: list[list[int]]) -> int:
 def resolve_tau(dets: Sequence[float], config: DenoiseConfig) -> float | None:
     """tau: the configured one, or a quantile (linear interpolation) of the consistent groups' positive det(Sigma); None: no bound."""
     ordered = sorted(d for d in dets if d > 0)
-    if config.tau is not None or config.tau_quantile is None or not ordered:
+    quantile = config.tau_quantile
+    if not isinstance(config.tau, str) or quantile is None:
         return config.tau
-    position = round(config.tau_quantile * (len(ordered) - 1), 9)  # 0.29 * 100 is 28.999999999999996
+    if not ordered:
+        return None
+    position = round(quantile * (len(ordered) - 1), 9)  # 0.29 * 100 is 28.999999999999996
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])

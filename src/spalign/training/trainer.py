@@ -149,7 +149,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
                 )
             )
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {float(loss)} at step {self.state.global_step + 1}")
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}")
         # DDP averages gradients over ranks; the loss is already divided by the pairs of all ranks
         loss = loss * self.accelerator.num_processes
         return (loss, {"logps": logps}) if return_outputs else loss

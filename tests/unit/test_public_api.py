@@ -1,0 +1,24 @@
+"""The public names, and what importing them costs."""
+
+import subprocess
+import sys
+
+import spalign
+
+
+def test_every_public_name_is_there() -> None:
+    for name in spalign.__all__:
+        assert getattr(spalign, name) is not None
+
+
+def test_public_names_are_pinned() -> None:
+    assert sorted(spalign.__all__) == sorted(
+        "Constitution Message Objective PreferencePair Prompt PromptGroup Response RunConfig SPAConfig SPATrainer ScriptedEngine SpalignError "
+        "TransformersEngine __version__ choose denoise draft load_config load_constitution load_prompts make_pairs pair_weights run sample "
+        "score_groups score_responses select_pairs spa_loss".split()
+    )
+
+
+def test_importing_spalign_loads_nothing_heavy() -> None:
+    code = "import sys, spalign, spalign.pipeline; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
