@@ -87,11 +87,21 @@ GROUPS = groups_of((4, 6), (2, 1), (3, 2), (5, 3))  # 14 responses, 12 pairs
 
 
 def arguments(folder: Path, **changes: Any) -> SPAConfig:
-    plain = {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "beta": BETA, "gamma": GAMMA, "alpha": ALPHA, "max_grad_norm": 0.0}
+    plain = {
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "beta": BETA,
+        "gamma": GAMMA,
+        "alpha": ALPHA,
+        "max_grad_norm": 0.0,
+    }
     return SPAConfig(output_dir=str(folder), **{**plain, "lr_scheduler_type": "constant", "learning_rate": 1e-3, **changes})
 
 
-def trainer_for(folder: Path, model: Any, groups: Any = GROUPS, *, callbacks: Any = None, peft_config: Any = None, **changes: Any) -> SPATrainer:
+def trainer_for(
+    folder: Path, model: Any, groups: Any = GROUPS, *, callbacks: Any = None, peft_config: Any = None, **changes: Any
+) -> SPATrainer:
     args = arguments(folder, **changes)
     return SPATrainer(model, args, groups, tokenizer(), peft_config=peft_config, callbacks=callbacks)
 
@@ -265,9 +275,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, truth: tuple[flo
     assert gap(grad, truth[1]) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore::Warning")  # TRL's own: its trainer is a reference here, not a dependency
-def test_alpha_zero_equals_trl(tmp_path: Path) -> None:
-    pytest.importorskip("trl")
+def test_alpha_zero_equals_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # its only warning, on import
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     from datasets import Dataset
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -300,7 +310,12 @@ def test_alpha_zero_equals_trl(tmp_path: Path) -> None:
 def test_rows_become_groups_with_template_bos_and_eos(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "w4 w5"}]
     rows = [
-        {"prompt": turns, "chosen": [{"role": "assistant", "content": "w6"}], "rejected": [{"role": "assistant", "content": "w7 w8"}], "gap": 2},
+        {
+            "prompt": turns,
+            "chosen": [{"role": "assistant", "content": "w6"}],
+            "rejected": [{"role": "assistant", "content": "w7 w8"}],
+            "gap": 2,
+        },
         {"prompt": "w4 w5", "chosen": "w6 </s>", "rejected": "w7", "gap": 3},
         {"prompt_ids": [0, 9], "chosen_ids": [10], "rejected_ids": [11, 1], "gap": 4, "extra": [1, 2]},
     ]
@@ -350,7 +365,13 @@ def test_a_step_of_the_trainer_is_the_gradient_of_eq3(tmp_path: Path, truth: tup
     model = llama()
     before = weights(model)
     trainer = trainer_for(
-        tmp_path, model, optim="sgd", learning_rate=0.1, max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate
+        tmp_path,
+        model,
+        optim="sgd",
+        learning_rate=0.1,
+        max_steps=1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
     )
     trainer.train()
     assert gap((before - weights(model)) / 0.1, truth[1]) < 1e-3  # fp32 subtraction of nearly equal weights
@@ -383,7 +404,11 @@ def test_logging_less_often_averages_steps_and_pools_pairs(tmp_path: Path) -> No
     model = llama()
     with torch.no_grad():
         loss = sum(float(eq3(model, [g])) for g in GROUPS) / 4
-        logps = [(plain_logp(model, g.prompt, g.responses[p.chosen]), plain_logp(model, g.prompt, g.responses[p.rejected])) for g in GROUPS for p in g.pairs]
+        logps = [
+            (plain_logp(model, g.prompt, g.responses[p.chosen]), plain_logp(model, g.prompt, g.responses[p.rejected]))
+            for g in GROUPS
+            for p in g.pairs
+        ]
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(loss, rel=1e-5)
     assert logged["pairs/accuracy"] == pytest.approx(sum(c > r for c, r in logps) / 12)
@@ -399,7 +424,11 @@ def test_training_lowers_the_loss_and_ranks_the_pairs(tmp_path: Path) -> None:
     groups = []
     for i in range(4):
         responses = tuple((*ids(rng, 3 + i), EOS) for _ in range(3))
-        groups.append(TrainingGroup((BOS, *ids(rng, 4)), responses, (TrainingPair(0, 1, 2.0), TrainingPair(1, 2, 1.0), TrainingPair(0, 2, 3.0)), f"g{i}"))
+        groups.append(
+            TrainingGroup(
+                (BOS, *ids(rng, 4)), responses, (TrainingPair(0, 1, 2.0), TrainingPair(1, 2, 1.0), TrainingPair(0, 2, 3.0)), f"g{i}"
+            )
+        )
     trainer = trainer_for(tmp_path, llama(), groups, max_steps=30, learning_rate=3e-3, per_device_train_batch_size=4)
     trainer.train()
     logs = [e for e in trainer.state.log_history if "loss" in e]
@@ -413,19 +442,20 @@ def test_training_lowers_the_loss_and_ranks_the_pairs(tmp_path: Path) -> None:
 
 
 def trained(folder: Path, **changes: Any) -> Tensor:
-    """Weights after training on eight groups with the optimiser's defaults, shuffled."""
+    """Weights after two epochs of eight groups, shuffled; AdamW with clipping unless told."""
     model = llama()
     trainer = trainer_for(folder, model, EIGHT, **{"num_train_epochs": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine", **changes})
     trainer.train()
     return weights(model)
 
 
+SGD = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}  # Adam and clipping would hide a gradient of the wrong scale
 EIGHT = groups_of((3, 2), (2, 1), (4, 5), (2, 2), (3, 3), (2, 1), (2, 1), (3, 4), seed=1)
 
 
 def test_gradient_accumulation_gives_the_same_weights(tmp_path: Path) -> None:
-    one = trained(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    two = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    one = trained(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, **SGD)
+    two = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **SGD)
     assert gap(one, weights(llama())) > 1e-3  # it moved
     assert gap(one, two) < 1e-5
 
@@ -530,7 +560,9 @@ def test_lora_trains_and_saves_an_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_reaches_an_adapter(tmp_path: Path, checkpointing: bool) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = trainer_for(tmp_path, llama(), peft_config=config, max_steps=1, gradient_checkpointing=checkpointing, per_device_train_batch_size=4)
+    trainer = trainer_for(
+        tmp_path, llama(), peft_config=config, max_steps=1, gradient_checkpointing=checkpointing, per_device_train_batch_size=4
+    )
     trainer.train()
     moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
     assert len(moved) == 4 and all(float(p.detach().abs().max()) > 0 for p in moved)  # B starts at 0
@@ -605,7 +637,7 @@ def free_port() -> int:
 
 
 def ddp_settings() -> dict[str, Any]:
-    return {"num_train_epochs": 2, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine"}
+    return {"num_train_epochs": 2, **SGD}
 
 
 @pytest.fixture
@@ -622,7 +654,11 @@ def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subproc
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     for rank in "01":
         env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        workers.append(subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        workers.append(
+            subprocess.Popen(
+                [sys.executable, __file__, str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
     model = llama()
     alone = trainer_for(tmp_path / "alone", model, EIGHT, per_device_train_batch_size=4, **ddp_settings())
     alone.train()
