@@ -31,7 +31,7 @@ def tiny_model(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A folder with a two-layer Llama of random weights and the demo model's tokenizer and chat template.
 
     Feature 0 of every embedding is large, so that after the last norm it is about 4 everywhere: the output row of the end-of-sequence
-    token turns it into a constant bias. One token in eight ends the answer, and one answer in 25 is longer than 24 tokens.
+    token turns it into a constant bias. About one token in ten ends the answer, so that few answers are empty and few exceed 24 tokens.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -61,14 +61,15 @@ def tiny_model(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             layer.self_attn.o_proj.weight[1:].mul_(5)
             layer.self_attn.o_proj.weight[0] = 0
             layer.mlp.down_proj.weight[0] = 0
+        model.lm_head.weight.mul_(25)  # a nucleus of hundreds of tokens, not of all
         model.lm_head.weight[:, 0] = 0
         ids = torch.randint(3, len(tokenizer), (64, 32), generator=torch.Generator().manual_seed(1))
         hidden = model.model(ids).last_hidden_state.reshape(-1, 64)
         others = model.lm_head(hidden).logsumexp(-1).mean()
         model.lm_head.weight[eos] = 0
-        model.lm_head.weight[eos, 0] = (others + torch.log(torch.tensor(1 / 7))) / hidden[:, 0].mean()
+        model.lm_head.weight[eos, 0] = (others + torch.log(torch.tensor(1 / 10))) / hidden[:, 0].mean()
         for choice in (" Yes", " No"):  # scores that spread
-            model.lm_head.weight[tokenizer(choice, add_special_tokens=False)["input_ids"][0]] *= 10
+            model.lm_head.weight[tokenizer(choice, add_special_tokens=False)["input_ids"][0]] *= 3
     folder = tmp_path_factory.mktemp("tiny-model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

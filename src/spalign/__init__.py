@@ -53,7 +53,36 @@ _HOME = {
     "spa_loss": "training.loss",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "Constitution",
+    "Message",
+    "Objective",
+    "PreferencePair",
+    "Prompt",
+    "PromptGroup",
+    "Response",
+    "RunConfig",
+    "SPAConfig",
+    "SPATrainer",
+    "ScriptedEngine",
+    "SpalignError",
+    "TransformersEngine",
+    "__version__",
+    "choose",
+    "denoise",
+    "draft",
+    "load_config",
+    "load_constitution",
+    "load_prompts",
+    "make_pairs",
+    "pair_weights",
+    "run",
+    "sample",
+    "score_groups",
+    "score_responses",
+    "select_pairs",
+    "spa_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,10 +48,11 @@ def _stage_command(name: str, what: str) -> None:
     def command(config: ConfigFile, set_: Sets = None) -> None:
         from spalign.pipeline import run as run_pipeline
         from spalign.report import Progress
+        from spalign.store import RunFolder
 
         ui = Progress()
         loaded = _config(config, set_)
-        mode: Any = "resume" if (loaded.folder / "config.yaml").exists() else "auto"
+        mode: Any = "resume" if RunFolder(loaded.folder).exists() else "auto"
         outcome = run_pipeline(loaded, mode=mode, only=name, ui=ui)
         ui.line(f"{name}: {'done' if outcome.new else 'was done already'}; {outcome.folder}")
 
@@ -88,7 +89,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as e:
+        if isinstance(e, SystemExit) and e.code != 130:  # typer turns Ctrl-C into exit code 130
+            raise
         typer.echo("\ninterrupted; what is finished is kept: the same command goes on", err=True)
         sys.exit(130)
     except SpalignError as e:

@@ -76,9 +76,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON file's value, or None where there is no such file. Raises RunFolderError where it is damaged."""
+    """The JSON object in the file, or None where there is no such file. Raises RunFolderError where it is damaged."""
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
@@ -99,12 +102,12 @@ class Stage:
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, if the stage is done with these inputs."""
         found = read_json(self.folder / "manifest.json")
-        return found if found and found["digest"] == self.digest else None
+        return found if found and found.get("digest") == self.digest else None
 
     def begin(self) -> dict[str, Any]:
         """Make the folder ready and return what an interrupted run left (`seconds`, `tokens`). Another input's work is set aside."""
         progress = read_json(self.folder / "progress.json")
-        if self.folder.exists() and (progress is None or progress["digest"] != self.digest):
+        if self.folder.exists() and (progress is None or progress.get("digest") != self.digest):
             self._set_aside()
             progress = None
         if progress is None:
@@ -187,7 +190,12 @@ class RunFolder:
         self._lock: Any = None
 
     def exists(self) -> bool:
-        return (self.path / "config.yaml").exists()
+        with clear_errors(self.path):  # a name that is too long, a folder that may not be looked into
+            return (self.path / "config.yaml").exists()
+
+    def path_exists(self) -> bool:
+        with clear_errors(self.path):
+            return self.path.exists()
 
     def set_aside(self) -> Path:
         """Rename the folder, so that a fresh run can have its name; nothing is deleted."""
@@ -205,11 +213,16 @@ class RunFolder:
             self._lock = (self.path / "run.lock").open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.close()
             raise RunFolderError(
                 f"{self.path}: another process is working on this run", hint="wait for it, or give this run another name"
             ) from None
+        except OSError as e:
+            self.close()
+            raise RunFolderError(
+                f"{self.path}: cannot be locked: {e.strerror}", hint="choose a runs_dir whose file system has locks"
+            ) from e
 
     def close(self) -> None:
         if self._lock is not None:

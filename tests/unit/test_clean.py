@@ -109,7 +109,19 @@ def test_an_answer_stays_as_it_is(text: str) -> None:
     assert clean_refined(text) == text
 
 
-PIECES = ["Sure! ", "Here is the improved answer: ", "Answer: ", '"', "\n", "\n\n\n", "Call 112. ", "The answers above fail. ", "Answer 2 ", "and so on", ".  "]
+PIECES = [
+    "Sure! ",
+    "Here is the improved answer: ",
+    "Answer: ",
+    '"',
+    "\n",
+    "\n\n\n",
+    "Call 112. ",
+    "The answers above fail. ",
+    "Answer 2 ",
+    "and so on",
+    ".  ",
+]
 
 
 @settings(deadline=None, max_examples=300)

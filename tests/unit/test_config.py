@@ -114,7 +114,9 @@ def test_an_ablation_is_one_set(option):
     assert changed(RunConfig(name="a"), config) == {option}
 
 
-@pytest.mark.parametrize(("tau", "constant", "quantile"), [("0.5", 0.5, None), ("32%", "32%", 0.32), ("100%", "100%", 1.0), ("null", None, None)])
+@pytest.mark.parametrize(
+    ("tau", "constant", "quantile"), [("0.5", 0.5, None), ("32%", "32%", 0.32), ("100%", "100%", 1.0), ("null", None, None)]
+)
 def test_tau_is_a_constant_a_quantile_or_absent(tau, constant, quantile):
     denoise = config_from({"name": "a", "recipe": "paper"}, (f"denoise.tau={tau}",)).denoise
     assert (denoise.tau, denoise.tau_quantile) == (constant, quantile)

@@ -92,7 +92,12 @@ def test_the_fingerprint_follows_weights_config_tokenizer_and_names_only(folder:
     first = print_of()
     assert first.startswith("sha256:")
     seen = {first}
-    for name, content in (("model.safetensors", b"Weights"), ("config.json", b"[]"), ("tokenizer.json", b"[]"), ("chat_template.jinja", b"x")):
+    for name, content in (
+        ("model.safetensors", b"Weights"),
+        ("config.json", b"[]"),
+        ("tokenizer.json", b"[]"),
+        ("chat_template.jinja", b"x"),
+    ):
         (folder / name).write_bytes(content)
         seen.add(print_of())
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")

@@ -121,7 +121,9 @@ def test_the_order_in_which_completions_arrive_changes_nothing() -> None:
         return str(seed)
 
     prompts = [prompt(i) for i in "ab"]
-    assert sample(Backwards(reply), prompts, CONSTITUTION, SAMPLE, seed=1) == sample(ScriptedEngine(reply), prompts, CONSTITUTION, SAMPLE, seed=1)
+    assert sample(Backwards(reply), prompts, CONSTITUTION, SAMPLE, seed=1) == sample(
+        ScriptedEngine(reply), prompts, CONSTITUTION, SAMPLE, seed=1
+    )
 
 
 # refinement

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from spalign.config import EngineConfig
 from spalign.engines.attention import register
@@ -20,7 +23,7 @@ from spalign.errors import EngineError, ModelError
 from spalign.types import Message
 
 _SHARE_FROM = 16  # a common prefix shorter than this is not worth a pass of its own
-_PROMPT_TOKENS = 16_384  # most prompt tokens in one forward pass
+_PASS_TOKENS = {True: 1024, False: 16_384}  # prompt tokens in one forward pass, on a CPU and elsewhere
 
 
 class TransformersEngine:
@@ -129,15 +132,13 @@ class TransformersEngine:
     @torch.inference_mode()
     def choice_logprobs(self, texts: Sequence[str], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
         choice_ids = [self._one_token(c) for c in choices]
-        encoded = [self.tokenizer(t, split_special_tokens=True)["input_ids"] for t in texts]
-        out: list[tuple[float, ...] | None] = [None] * len(texts)
-        todo = sorted((i for i, ids in enumerate(encoded) if len(ids) < self.window), key=lambda i: (len(encoded[i]), encoded[i]))
-        for batch in self._by_tokens(todo, encoded):
-            logits, _, _ = self._prefill([encoded[i] for i in batch])
+        encoded = [tuple(self.tokenizer(t, split_special_tokens=True)["input_ids"]) for t in texts]
+        distinct = sorted({ids for ids in encoded if len(ids) < self.window}, key=lambda ids: (len(ids), ids))
+        found: dict[tuple[int, ...], tuple[float, ...]] = {}
+        for prompts, logits, _, _ in self._prefill_parts(distinct):
             log_probs = logits.float().log_softmax(-1)[:, choice_ids].tolist()
-            for i, row in zip(batch, log_probs, strict=True):
-                out[i] = tuple(row)
-        return out
+            found |= {ids: tuple(row) for ids, row in zip(prompts, log_probs, strict=True)}
+        return [found.get(ids) for ids in encoded]
 
     def _one_token(self, choice: str) -> int:
         ids = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
@@ -147,41 +148,46 @@ class TransformersEngine:
             )
         return int(ids[0])
 
-    def _by_tokens(self, order: list[int], encoded: list[list[int]]) -> Iterator[list[int]]:
-        """`order` (by length) in batches of at most batch_size rows and about _PROMPT_TOKENS tokens."""
-        batch: list[int] = []
-        for i in order:
-            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * len(encoded[i]) > _PROMPT_TOKENS):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
         """Next-token logits (rows, vocabulary), the cache and its mask (rows, keys) after `prompts`; equal prompts run once."""
-        distinct = sorted(set(map(tuple, prompts)))
+        distinct = sorted(set(map(tuple, prompts)), key=lambda ids: (len(ids), ids))
         position = {p: i for i, p in enumerate(distinct)}
-        cache = DynamicCache(config=self.model.config)
-        # the padding of shorter prompts comes after a shared prefix, where it would use up places of a sliding window
-        shared = 0 if any(cache.is_sliding) else _common_prefix(distinct)
-        device = self.model.device
-        mask = torch.ones(len(distinct), shared, dtype=torch.long, device=device)
-        if shared:
-            head = torch.tensor([distinct[0][:shared]], device=device)
-            self._forward(head, torch.ones_like(head), cache)
-            cache.batch_select_indices(torch.zeros(len(distinct), dtype=torch.long, device=device))
-        rest = [list(p[shared:]) for p in distinct]
-        width = max(map(len, rest))
-        ids = torch.tensor([[self._pad] * (width - len(r)) + r for r in rest], device=device)
-        own = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rest], device=device)
-        mask = torch.cat([mask, own], dim=1)
-        logits = self._forward(ids, mask, cache)
+        parts = list(self._prefill_parts(distinct, width=max(map(len, distinct))))
+        logits, mask = torch.cat([p[1] for p in parts]), torch.cat([p[3] for p in parts])
+        cache = _joined([p[2] for p in parts])
         if [tuple(p) for p in prompts] != distinct:  # another order, or several rows a prompt
-            index = torch.tensor([position[tuple(p)] for p in prompts], device=device)
+            index = torch.tensor([position[tuple(p)] for p in prompts], device=logits.device)
             cache.batch_select_indices(index)
             logits, mask = logits[index], mask[index]
         return logits, cache, mask
+
+    def _prefill_parts(
+        self, prompts: list[tuple[int, ...]], width: int | None = None
+    ) -> Iterator[tuple[list[tuple[int, ...]], Tensor, DynamicCache, Tensor]]:
+        """As `_prefill` for distinct prompts in order of length, some at a time, with their common prefix run once.
+
+        Passes are small: beyond some tokens a larger one is no faster, and on a CPU it falls out of the cache. width: pad all to it.
+        """
+        if not prompts:
+            return
+        head = DynamicCache(config=self.model.config)
+        plain = all(type(layer) is DynamicLayer for layer in head.layers)
+        # the padding of shorter prompts comes after a shared prefix, where it would use up places of a sliding window
+        shared = _common_prefix(prompts) if plain else 0
+        device = self.model.device
+        if shared:
+            ids = torch.tensor([prompts[0][:shared]], device=device)
+            self._forward(ids, torch.ones_like(ids), head)
+        per_pass = _PASS_TOKENS[device.type == "cpu"] if plain else len(prompts) * max(map(len, prompts))
+        for some in _by_tokens(prompts, shared, per_pass, self.batch_size):
+            cache = copy.deepcopy(head)
+            if shared:
+                cache.batch_select_indices(torch.zeros(len(some), dtype=torch.long, device=device))
+            wide = (width or max(map(len, some))) - shared
+            pads = [wide - (len(p) - shared) for p in some]
+            ids = torch.tensor([[self._pad] * pad + list(p[shared:]) for p, pad in zip(some, pads, strict=True)], device=device)
+            own = torch.tensor([[1] * shared + [0] * pad + [1] * (wide - pad) for pad in pads], device=device)
+            yield some, self._forward(ids, own, cache), cache, own
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (rows, vocabulary) after the last of `ids` (rows, new); mask: (rows, cached + new), 0 where padded."""
@@ -202,13 +208,34 @@ class TransformersEngine:
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many leading tokens all (sorted) prompts share and may run once: at least one token stays for each prompt's own pass."""
+    """How many leading tokens all prompts share and may run once: at least one token stays for each prompt's own pass."""
     if len(prompts) < 2:
         return 0
-    first, last = prompts[0], prompts[-1]  # sorted: what these two share, all share
+    first, last = min(prompts), max(prompts)  # what these two share, all share
     n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     n = min(n, min(map(len, prompts)) - 1)
     return n if n >= _SHARE_FROM else 0
+
+
+def _by_tokens(prompts: list[tuple[int, ...]], shared: int, per_pass: int, rows: int) -> Iterator[list[tuple[int, ...]]]:
+    """`prompts`, in order of length, in batches of at most `rows` and about `per_pass` tokens beyond the shared ones."""
+    batch: list[tuple[int, ...]] = []
+    for p in prompts:
+        if batch and (len(batch) == rows or (len(batch) + 1) * (len(p) - shared) > per_pass):
+            yield batch
+            batch = []
+        batch.append(p)
+    yield batch
+
+
+def _joined(caches: list[DynamicCache]) -> DynamicCache:
+    """Plain caches of equal length as one, row under row."""
+    first, *others = caches
+    if others:
+        for i, layer in enumerate(first.layers):
+            layer.keys = torch.cat([layer.keys, *(c.layers[i].keys for c in others)])
+            layer.values = torch.cat([layer.values, *(c.layers[i].values for c in others)])
+    return first
 
 
 def fast_bf16(device: str) -> bool:
@@ -242,7 +269,7 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype) -> tuple[
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True, attn_implementation=register()
         )
-    except (OSError, ValueError, KeyError, ImportError) as e:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
         raise ModelError(
             f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}",
             hint="check the name, your network and your access to the hub; or use a local folder",

@@ -54,10 +54,10 @@ def run(
     ui = ui or Progress(quiet=True)
     context = _prepare(config, ui, make_engine)
     folder = context.folder
+    steps, models = _plan(context)  # a model that is not there leaves no trace in the folder
     _claim(folder, config, mode, ui)
     try:
         _write_config(context)
-        steps, models = _plan(context)
         if only is not None:
             return _one_stage(context, steps, only)
         new = _do(steps)
@@ -147,7 +147,7 @@ def _claim(folder: RunFolder, config: RunConfig, mode: Mode, ui: Progress) -> No
     """Open the folder under the rules of `mode`."""
     if mode == "resume" and not folder.exists():
         raise RunFolderError(f"{folder.path}: no run to resume", hint="leave out --resume to start it")
-    if mode == "fresh" and folder.path.exists():
+    if mode == "fresh" and folder.path_exists():
         folder.open()  # not while another process works on it
         folder.close()
         ui.line(f"set the old run aside as {folder.set_aside()}")
@@ -162,10 +162,10 @@ def _claim(folder: RunFolder, config: RunConfig, mode: Mode, ui: Progress) -> No
 
 def _changes(folder: RunFolder, config: RunConfig) -> list[str]:
     try:
-        old = (folder.path / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        old = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise RunFolderError(f"{folder.path / 'config.yaml'}: cannot be read: {e}", hint="use --fresh to set the folder aside") from e
-    lines = difflib.unified_diff(_flat(yaml.safe_load(old)), _flat(config.model_dump(mode="json")), n=0, lineterm="")
+    lines = difflib.unified_diff(_flat(old), _flat(config.model_dump(mode="json")), n=0, lineterm="")
     return [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from spalign.errors import NothingToTrainOn, RunFolderError
 from spalign.evaluation import repetition
 from spalign.pipeline.context import Context, Policy, Step
+from spalign.report.terminal import print_funnel
 from spalign.store import Stage, clear_errors, read_json, write_json
 from spalign.types import Prompt
 
@@ -25,6 +26,8 @@ def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: 
     def do() -> dict[str, Any]:
         funnel = (paired.manifest() or {})["funnel"]
         if not funnel["pairs"]:
+            if not run.ui.quiet:
+                print_funnel(funnel, run.ui.console)
             raise NothingToTrainOn("no preference pair is left, so nothing is trained", hint=advice(funnel))
         progress = stage.begin()
         policy.free()  # the trainer loads the weights in float32
@@ -173,7 +176,11 @@ def _lora(run: Context) -> Any:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; trainer_state.json is what transformers writes last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists() and read_json(p / "trainer_state.json")]
+    found = []
+    for p in folder.glob("checkpoint-*"):
+        with contextlib.suppress(RunFolderError):  # torn by a kill
+            if read_json(p / "trainer_state.json"):
+                found.append(p)
     return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 

@@ -77,7 +77,7 @@ def _scores(summary: dict[str, Any], console: Console) -> None:
             d = by["difference"]
             table.add_row(
                 measure if label == "all" else "",
-                label,
+                Text(_safe(label)),  # an intent of the user's file: no markup
                 format(by["before"]["mean"], form),
                 format(by["after"]["mean"], form),
                 f"{d['mean']:+{form}} [{d['ci'][0]:+{form}}, {d['ci'][1]:+{form}}]",

@@ -1,0 +1,402 @@
+"""The run folder: atomic parts, manifests last, nothing deleted, one process at a time, and every disk error with a fix."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spalign.errors import RunFolderError
+from spalign.store import RunFolder, Stage, clear_errors, digest, read_json, run_in_parts, versions, write_atomic, write_json
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+)
+
+
+def stage_at(folder: Path, **inputs: object) -> Stage:
+    return Stage(folder / "1-sample", inputs or {"seed": 0})
+
+
+def double(items):
+    return [{"n": 2 * i} for i in items]
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own at `folder`, where the machine permits it."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+# digest
+
+
+@given(st.dictionaries(st.text(), JSON, min_size=2))
+def test_digest_does_not_depend_on_the_order_of_keys(value):
+    assert digest(value) == digest(dict(reversed(value.items())))
+
+
+def test_digest_depends_on_every_value_and_on_the_order_of_lists():
+    values = [{"a": [1, 2]}, {"a": [2, 1]}, {"a": [1, 2], "b": None}, {"a": ["1", 2]}, {"b": [1, 2]}]
+    assert len({digest(v) for v in values}) == len(values)
+
+
+def test_digest_is_sha256_of_the_sorted_json():
+    # stable from version to version, or every run would start anew
+    assert digest({"b": 1, "a": "é"}) == hashlib.sha256('{"a": "é", "b": 1}'.encode()).hexdigest()
+
+
+def test_digest_takes_half_a_surrogate_pair():
+    assert digest({"text": "\ud800"}) != digest({"text": "\ud801"})
+
+
+# files
+
+
+def test_write_atomic_replaces_the_whole_file_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomic(path, b"a longer text")
+    write_atomic(path, b"short")
+    assert path.read_bytes() == b"short"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_atomic(path, b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunFolderError, match=r"a\.json: No space left on device\n  fix: free some space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_data_is_synced_before_the_name_appears(tmp_path, monkeypatch):
+    path, seen = tmp_path / "a.json", []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(path.exists()), real(fd))[1])
+    write_atomic(path, b"x")
+    assert seen == [False, True]  # the file under its temporary name, then the folder that holds the new one
+
+
+def test_json_survives_a_round_trip(tmp_path):
+    value = {"text": "é \u2028 \ud800 \x1b", "n": [1, 2.5, None]}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_bytes().decode("utf-8", "surrogatepass")
+    assert json.loads(text) == value
+
+
+def test_read_json_of_no_file_is_none(tmp_path):
+    assert read_json(tmp_path / "no.json") is None
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe", b"[1, 2]", b"3"])
+def test_a_damaged_json_file_is_named_with_a_fix(tmp_path, content):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"manifest\.json: cannot be read.*\n  fix: remove the stage's folder"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "choose another runs_dir"),
+        (errno.EROFS, "read-only; choose another runs_dir"),
+        (errno.EACCES, "mend its permissions"),
+        (errno.EPERM, "mend its permissions"),
+        (errno.EIO, "check the folder"),
+    ],
+)
+def test_every_disk_error_says_where_and_what_to_do(code, fix):
+    with pytest.raises(RunFolderError) as e, clear_errors(Path("runs/x")):
+        raise OSError(code, os.strerror(code))
+    assert e.value.message == f"runs/x: {os.strerror(code)}"
+    assert fix in e.value.hint
+
+
+def test_an_error_without_a_number_is_not_a_disk_error():
+    with pytest.raises(OSError, match="from a library"), clear_errors(Path("x")):
+        raise OSError("from a library")
+
+
+# stages
+
+
+def test_a_stage_is_done_when_its_manifest_is_there(tmp_path):
+    stage = stage_at(tmp_path)
+    assert stage.manifest() is None
+    manifest = run_in_parts(stage, [1, 2, 3], 2, double, tokens=lambda: 0)
+    assert stage.manifest() == manifest
+    assert manifest["items"] == 3
+    assert manifest["inputs"] == {"seed": 0}
+    assert manifest["versions"] == versions()
+    assert list(stage.rows()) == [{"n": 2}, {"n": 4}, {"n": 6}]
+    assert [p.name for p in stage.parts()] == ["part-00000.jsonl", "part-00001.jsonl"]
+
+
+def test_the_manifest_names_every_part_with_its_sha256(tmp_path):
+    stage = stage_at(tmp_path)
+    manifest = run_in_parts(stage, [1], 1, double)
+    assert manifest["parts"] == {"part-00000.jsonl": hashlib.sha256(b'{"n": 2}\n').hexdigest()}
+
+
+def test_the_manifest_is_written_last(tmp_path, monkeypatch):
+    written = []
+    import spalign.store as store
+
+    real = store.write_atomic
+    monkeypatch.setattr(store, "write_atomic", lambda path, data: (written.append(path.name), real(path, data))[1])
+    run_in_parts(stage_at(tmp_path), [1, 2], 1, double)
+    assert written[-1] == "manifest.json"
+    assert written.count("manifest.json") == 1
+    assert written[:2] == ["progress.json", "part-00000.jsonl"]
+
+
+def test_a_done_stage_is_not_done_again(tmp_path):
+    first = run_in_parts(stage_at(tmp_path), [1, 2], 1, double)
+    assert run_in_parts(stage_at(tmp_path), [1, 2], 1, lambda _: pytest.fail("worked again")) == first
+
+
+def test_an_interrupted_stage_does_only_what_is_missing(tmp_path):
+    asked = []
+
+    def until_three(items):
+        asked.extend(items)
+        if 3 in items:
+            raise KeyboardInterrupt
+        return double(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_parts(stage_at(tmp_path), [1, 2, 3, 4, 5], 1, until_three)
+    assert stage_at(tmp_path).manifest() is None
+    (tmp_path / "1-sample/part-00003.jsonl.tmp").write_text('{"n": 8')  # torn
+    done = []
+    manifest = run_in_parts(stage_at(tmp_path), [1, 2, 3, 4, 5], 1, lambda items: (done.extend(items), double(items))[1])
+    assert (asked, done) == ([1, 2, 3], [3, 4, 5])
+    assert list(stage_at(tmp_path).rows()) == [{"n": n} for n in (2, 4, 6, 8, 10)]
+    assert len(manifest["parts"]) == 5
+
+
+def test_a_part_in_the_middle_that_went_missing_is_done_again_alone(tmp_path):
+    stage = stage_at(tmp_path)
+    run_in_parts(stage, list(range(6)), 2, double)
+    stage.part(1).unlink()
+    (stage.folder / "manifest.json").unlink()
+    done = []
+    run_in_parts(stage, list(range(6)), 2, lambda items: (done.append(list(items)), double(items))[1])
+    assert done == [[2, 3]]
+
+
+def test_seconds_and_tokens_add_up_over_sessions(tmp_path):
+    count = 0
+
+    def work(items):
+        nonlocal count
+        count += 10
+        if 3 in items:
+            raise KeyboardInterrupt
+        return double(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_parts(stage_at(tmp_path), [1, 2, 3], 1, work, tokens=lambda: count)
+    assert stage_at(tmp_path).begin()["tokens"] == 20  # two finished parts; the third counts when it is done again
+    count = 0
+
+    def rest(items):
+        nonlocal count
+        count += 7
+        return double(items)
+
+    assert run_in_parts(stage_at(tmp_path), [1, 2, 3], 1, rest, tokens=lambda: count)["tokens"] == 27
+
+
+def test_work_of_other_inputs_is_set_aside_never_deleted(tmp_path):
+    for seed in (0, 1, 2):
+        run_in_parts(stage_at(tmp_path, seed=seed), [seed], 1, double)
+    kept = {p.name: json.loads((p / "part-00000.jsonl").read_text())["n"] for p in tmp_path.iterdir()}
+    assert kept == {"1-sample.replaced-1": 0, "1-sample.replaced-2": 2, "1-sample": 4}
+    assert stage_at(tmp_path, seed=0).manifest() is None
+    assert stage_at(tmp_path, seed=2).manifest() is not None
+
+
+def test_an_unfinished_stage_of_other_inputs_is_set_aside_too(tmp_path):
+    old = stage_at(tmp_path, seed=0)
+    old.begin()
+    old.write_part(0, [{"n": 1}])
+    run_in_parts(stage_at(tmp_path, seed=1), [1, 2], 1, double)
+    assert (tmp_path / "1-sample.replaced-1/part-00000.jsonl").exists()
+    assert list(stage_at(tmp_path, seed=1).rows()) == [{"n": 2}, {"n": 4}]
+
+
+def test_a_folder_that_is_no_stage_is_set_aside(tmp_path):
+    folder = tmp_path / "1-sample"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    run_in_parts(stage_at(tmp_path), [1], 1, double)
+    assert (tmp_path / "1-sample.replaced-1/notes.txt").read_text() == "mine"
+
+
+def test_rows_of_an_unfinished_stage_are_refused(tmp_path):
+    stage = stage_at(tmp_path)
+    stage.begin()
+    stage.write_part(0, [{"n": 1}])
+    with pytest.raises(RunFolderError, match=r"1-sample: not finished\n  fix: run the stage first"):
+        list(stage.rows())
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_or_missing_part_is_refused_by_name(tmp_path, damage):
+    stage = stage_at(tmp_path)
+    run_in_parts(stage, [1, 2, 3], 1, double)
+    part = stage.part(1)
+    if damage == "missing":
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:-3] if damage == "cut" else b'{"n": 5}\n')
+    with pytest.raises(RunFolderError, match=r"part-00001\.jsonl: .*\n  fix: .*remove .*1-sample") as e:
+        list(stage.rows())
+    assert ("No such file" in e.value.message) == (damage == "missing")
+
+
+@settings(max_examples=20, deadline=None)  # every example is synced to the disk several times
+@given(st.text())
+def test_any_text_survives_a_part(tmp_path_factory, text):
+    stage = stage_at(tmp_path_factory.mktemp("stage"))
+    run_in_parts(stage, [text], 1, lambda items: [{"text": t} for t in items])
+    assert list(stage.rows()) == [{"text": text}]
+
+
+# the folder
+
+
+def test_a_second_process_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    try:
+        assert _open_elsewhere(tmp_path / "run") == "another process is working on this run"
+    finally:
+        folder.close()
+    assert _open_elsewhere(tmp_path / "run") == "opened"
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    program = (
+        f"import os; from pathlib import Path; from spalign.store import RunFolder; RunFolder(Path({str(tmp_path)!r})).open(); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
+    assert (tmp_path / "run.lock").exists()
+    folder = RunFolder(tmp_path)
+    folder.open()
+    folder.close()
+
+
+def _open_elsewhere(path: Path) -> str:
+    program = f"""
+from pathlib import Path
+from spalign.store import RunFolder
+from spalign.errors import RunFolderError
+try:
+    RunFolder(Path({str(path)!r})).open()
+    print("opened")
+except RunFolderError as e:
+    assert e.hint
+    print(e.message.split(": ", 1)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_set_aside_keeps_every_old_run(tmp_path):
+    for text in ("first", "second"):
+        folder = RunFolder(tmp_path / "run")
+        folder.open()
+        (folder.path / "config.yaml").write_text(text)
+        folder.close()
+        folder.set_aside()
+    assert {p.name: (p / "config.yaml").read_text() for p in tmp_path.iterdir()} == {"run.old-1": "first", "run.old-2": "second"}
+
+
+def test_a_run_exists_when_its_configuration_does(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.exists()
+    folder.open()
+    assert not folder.exists()
+    write_json(folder.path / "config.yaml", {})
+    assert folder.exists()
+    folder.close()
+
+
+@pytest.mark.parametrize("place", ["/proc/spalign-test", "/sys/spalign-test"])
+def test_a_folder_that_cannot_be_made_says_so(place):
+    with pytest.raises(RunFolderError, match=rf"{place}/run: .*\n  fix: .*choose another runs_dir"):
+        RunFolder(Path(place) / "run").open()
+
+
+def test_a_name_that_is_too_long_says_so(tmp_path):
+    folder = RunFolder(tmp_path / ("x" * 300))
+    for ask in (folder.exists, folder.path_exists, folder.open):
+        with pytest.raises(RunFolderError, match=r"File name too long\n  fix: .*choose another runs_dir"):
+            ask()
+
+
+def test_a_file_in_the_place_of_the_folder_says_so(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RunFolderError, match="fix: check the folder; choose another runs_dir"):
+        RunFolder(tmp_path / "runs" / "x").open()
+
+
+def test_a_full_disk_loses_nothing_that_is_finished(tmp_path):
+    with mounted(tmp_path / "small", "size=256k") as disk:
+        stage = stage_at(disk)
+
+        def work(items):
+            return [{"n": i, "text": "x" * 50_000} for i in items]
+
+        with pytest.raises(RunFolderError, match=r"part-0000\d\.jsonl: No space left on device\n  fix: free some space"):
+            run_in_parts(stage, list(range(8)), 1, work)
+        finished = [p.name for p in stage.parts()]
+        assert 3 <= len(finished) <= 5  # 256 KiB hold five parts of 50 kB at most
+        assert all(json.loads(p.read_text())["n"] == i for i, p in enumerate(stage.parts()))
+        assert not list(stage.folder.glob("*.tmp"))
+        assert stage.manifest() is None
+        subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
+        done = []
+        run_in_parts(stage, list(range(8)), 1, lambda items: (done.extend(items), work(items))[1])
+        assert done == list(range(len(finished), 8))
+        assert [row["n"] for row in stage.rows()] == list(range(8))
+
+
+def test_a_read_only_disk_says_so(tmp_path):
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        run_in_parts(stage_at(disk, seed=0), [1], 1, double)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        assert list(stage_at(disk, seed=0).rows()) == [{"n": 2}]  # reading goes on
+        with pytest.raises(RunFolderError, match=r"Read-only file system\n  fix: the file system is read-only"):
+            run_in_parts(stage_at(disk, seed=1), [1], 1, double)
+        with pytest.raises(RunFolderError, match="Read-only file system"):
+            RunFolder(disk / "run").open()
+        assert (disk / "1-sample/manifest.json").exists()
