@@ -9,8 +9,9 @@ CONFIG ?= configs/demo.yaml
 run: setup
 	$(BIN)/spalign run $(CONFIG)
 
+# Two workers of one thread each: the models of the tests are too small to share a core's work.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

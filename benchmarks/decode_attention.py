@@ -37,7 +37,11 @@ def main() -> None:
         grouped = query.view(ROWS, KV_HEADS, HEADS // KV_HEADS, DIM)
         plain = milliseconds(lambda q=query, k=key, v=value: sdpa(q, k, v, attn_mask=mask, enable_gqa=True))  # type: ignore[misc]
         ours = milliseconds(lambda q=grouped, k=key, v=value: sdpa(q, k, v, attn_mask=mask))  # type: ignore[misc]
-        out[str(dtype).removeprefix("torch.")] = {"plain_ms": round(plain, 3), "grouped_ms": round(ours, 3), "ratio": round(plain / ours, 2)}
+        out[str(dtype).removeprefix("torch.")] = {
+            "plain_ms": round(plain, 3),
+            "grouped_ms": round(ours, 3),
+            "ratio": round(plain / ours, 2),
+        }
     print(json.dumps(out))
 
 

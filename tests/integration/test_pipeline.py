@@ -56,7 +56,7 @@ def reply(messages: tuple[Message, ...], seed: int) -> str:
         return ""
     number = int(re.search(r"variant (\d)", system)[1]) if "variant" in system else 0  # type: ignore[index]
     scores = refined if good else candidates[number]
-    third = (sum(s or 0 for s in scores) / 2 + number,)
+    third = ((sum(s or 0 for s in scores) + number**2) / 2,)
     words = " ".join(f"{o}={s:g}" for o, s in zip(OBJECTIVES, (*scores, *third), strict=True) if s is not None)
     return words + (" and on and on" * 9 if good and kind == "truncated" else f" {'good' if good else number} {kind}")
 
@@ -253,18 +253,18 @@ def test_the_size_of_a_part_does_not_change_the_pairs(tmp_path, tiny_model, size
 def test_any_number_of_objectives(tmp_path, tiny_model, k):
     base = data_stages(settings(tmp_path, tiny_model, ["keep", "keep"], k=k))
     denoised = rows(base / "4-denoise")
-    # k = 1: the variance of 2 4 3 5 is 5/3. k = 3: gamma is the mean of the others plus 0 1 2 3, that is 2.5 4 6 7.5:
-    # deviations of gamma -2.5 -1 1 2.5 (variance 14.5/3), of alpha -1.5 .5 -.5 1.5 and of beta -.5 -1.5 1.5 .5;
-    # covariances gamma-alpha (3.75 - .5 - .5 + 3.75)/3 = 6.5/3 and gamma-beta (1.25 + 1.5 + 1.5 + 1.25)/3 = 5.5/3
-    # 27 det = 5*5*14.5 - 5*6.5^2 - 5*5.5^2 = 362.5 - 211.25 - 151.25 = 0: gamma is what the others make it, or nearly so
-    expected = {1: 5 / 3, 3: 0.0}[k]
-    assert [r["det"] for r in denoised] == [pytest.approx(expected, abs=1e-9)] * 2
+    # k = 1: the variance of 2 4 3 5 is 5/3. k = 3: gamma is (alpha + beta + i^2) / 2, that is 2.5 3.5 6 9, with mean 5.25.
+    # Deviations: alpha -1.5 .5 -.5 1.5, beta -.5 -1.5 1.5 .5, gamma -2.75 -1.75 .75 3.75. Sums of products: 5 for alpha and beta with
+    # themselves, 25.25 for gamma; 0 for alpha and beta, 8.5 for alpha and gamma, 7 for beta and gamma; divided by 3 for ddof 1:
+    # 27 det = 5 * 5 * 25.25 - 5 * 8.5^2 - 5 * 7^2 = 25
+    expected = {1: 5 / 3, 3: 25 / 27}[k]
+    assert [r["det"] for r in denoised] == [pytest.approx(expected)] * 2
     funnel = manifest(base / "5-pair")["funnel"]
-    if k == 1:
-        assert (funnel["kept"], funnel["pairs"], funnel["decided_by"]) == (2, 20, {"alpha": 20})
-        assert set(rows(base / "5-pair")[0]["scores_chosen"]) == {"alpha"}
-    else:
-        assert funnel["dropped"] == {"uninformative": 2}
+    assert (funnel["kept"], funnel["pairs"], funnel["decided_by"]) == (2, 20, {"alpha": 20})
+    row = next(r for r in rows(base / "5-pair") if r["id"] == "train-0/1-candidate-3>train-0/1-candidate-0")
+    # 5 - 2, 4 - 3 and 9 - 2.5
+    assert row["margin"] == pytest.approx({1: 3, 3: 10.5}[k])
+    assert set(row["scores_chosen"]) == set(OBJECTIVES[:k])
 
 
 def test_a_whole_run_trains_evaluates_and_measures_the_other_recipe(tmp_path, tiny_model):

@@ -34,6 +34,15 @@ TEXTS = [
 END = "<|im_end|>"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on a core that is taken wait for each other: on a busy machine these tests would take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def engine(demo_folder: Path) -> TransformersEngine:
     return TransformersEngine.load("demo", EngineConfig(dtype="float32", device="cpu"))
@@ -149,19 +158,19 @@ def test_greedy_is_what_generate_gives_for_other_kinds_of_model(engine: Transfor
 
 def test_samples_do_not_depend_on_batch_size_order_or_company(engine: TransformersEngine) -> None:
     sampling = Sampling(1.0, 0.95, 8)
-    requests = requests_for(TEXTS[:3], seeds=(11, 12, 13), sampling=sampling)
+    requests = requests_for(TEXTS[:3], seeds=(11, 12), sampling=sampling)
     runs = {}
     for size in (1, 3, 64):
         with rows_at_once(engine, size):
             runs[size] = by_key(engine.generate(requests))
-    assert len(runs[64]) == 9
-    assert len(set(runs[64].values())) >= 7  # the seeds do something; an answer to "Hi" may come twice
+    assert len(runs[64]) == 6
+    assert len(set(runs[64].values())) >= 5  # the seeds do something; an answer to "Hi" may come twice
     runs[0] = by_key(engine.generate(requests[::-1]))
     for run in runs.values():
         assert run.keys() == runs[64].keys()
         assert [key for key in run if run[key] != runs[64][key]] == []
-    alone = by_key(engine.generate([GenerateRequest("x", user(TEXTS[2]), (13,), sampling)]))
-    assert alone["x", 0] == runs[64]["2", 2]
+    alone = by_key(engine.generate([GenerateRequest("x", user(TEXTS[2]), (12,), sampling)]))
+    assert alone["x", 0] == runs[64]["2", 1]
 
 
 def test_many_samples_of_a_random_model_do_not_depend_on_the_batch(tiny: TransformersEngine) -> None:

@@ -23,7 +23,9 @@ def test_refusals_are_seen(text):
     assert refused(text)
 
 
-@pytest.mark.parametrize("text", ["Call your doctor today.", "I'm sorry for your loss. Take your time.", "You can't return it after 30 days.", ""])
+@pytest.mark.parametrize(
+    "text", ["Call your doctor today.", "I'm sorry for your loss. Take your time.", "You can't return it after 30 days.", ""]
+)
 def test_answers_are_not_refusals(text):
     assert not refused(text)
 

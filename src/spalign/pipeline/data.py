@@ -9,12 +9,14 @@ from typing import Any
 
 from spalign import prompts as prompt_sets
 from spalign.config import RunConfig
+from spalign.constitution import Objective
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.preference import (
     Verdict,
     best,
     consistent_yield,
     denoise,
+    is_scored,
     make_pairs,
     resolve_tau,
     select_pairs,
@@ -28,6 +30,7 @@ from spalign.types import (
     PreferencePair,
     Prompt,
     PromptGroup,
+    Response,
     group_from_json,
     group_to_json,
     response_from_json,
@@ -131,7 +134,7 @@ def denoise_step(run: Context, base: str, config: RunConfig, scored: Stage, refi
     def do() -> dict[str, Any]:
         stage.begin()
         drafts = {row["prompt_id"]: row for row in refined.rows()}
-        pick = partial(best, objectives=objectives)
+        pick = partial(_best_scored, objectives=objectives)
         groups = [choose(g, _drafts(drafts[g.prompt.id]), pick) for g in _groups(scored)]
         verdicts = denoise(groups, objectives, config.denoise)
         stage.write_part(0, [_verdict_row(v) for v in verdicts])
@@ -253,6 +256,12 @@ def _left(stage: Stage, items: Sequence[Any], size: int) -> int:
 
 def _groups(stage: Stage) -> list[PromptGroup]:
     return [group_from_json(row) for row in stage.rows()]
+
+
+def _best_scored(drafts: Sequence[Response], *, objectives: Sequence[Objective]) -> Response:
+    """The best draft that is scored on every objective, else the first, which is then dropped as unscored."""
+    scored = [r for r in drafts if is_scored(r, objectives)]
+    return best(scored, objectives) if scored else drafts[0]
 
 
 def _response_row(response: Any) -> Row:

@@ -68,11 +68,13 @@ def _consistency(of: dict[str, dict[str, int]]) -> str:
 
 def _scores(summary: dict[str, Any], console: Console) -> None:
     table = Table(title="Held-out prompts, before and after", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("measure", "prompts", "before", "after", "difference [95%]"):
-        table.add_column(column, justify="left" if column in ("measure", "prompts") else "right")
+    for column in ("measure", "on", "before", "after", "difference [95%]"):
+        table.add_column(column, justify="left" if column in ("measure", "on") else "right")
     for measure, slices in summary["measures"].items():
         shares = measure in ("refusal", "repetition", "finished")
         for label, by in slices.items():
+            if label == "ill_meant":  # stands there as "unsafe"
+                continue
             form = ".1%" if shares else ".2f"
             d = by["difference"]
             table.add_row(
