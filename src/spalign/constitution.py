@@ -101,6 +101,10 @@ class Constitution(_Part):
         """The principles as a numbered list in order of priority."""
         return "\n".join(f"{i}. {o.name.capitalize()}: {o.principle}" for i, o in enumerate(self.objectives, 1))
 
+    def bare(self) -> Constitution:
+        """The same without system-prompt variants: the bare prompt, as in training and evaluation."""
+        return self.model_copy(update={"system_variants": (SystemVariant(name="plain"),)})
+
     def sha256(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 

@@ -200,7 +200,9 @@ def data_steps(run: Context, base: str, policy: Policy, prompts: list[Prompt], i
     sampled = sample_step(run, base, policy, prompts, iteration)
     steps = [sampled, *_from_candidates(run, base, policy, run.config, sampled.stage)]
     for recipe in run.config.compare if iteration == 1 else ():
-        steps += _from_candidates(run, f"{base}/compare-{recipe}", policy, run.config.with_recipe(recipe), sampled.stage)
+        other = run.config.with_recipe(recipe)
+        other = other.model_copy(update={"refine": other.refine.model_copy(update={"placebo": False})})  # its yield is asked for, no more
+        steps += _from_candidates(run, f"{base}/compare-{recipe}", policy, other, sampled.stage)
     return steps
 
 

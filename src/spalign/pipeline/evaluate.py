@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from spalign import prompts as prompt_sets
-from spalign.config import SampleConfig
-from spalign.constitution import SystemVariant
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.rollout import sample
 from spalign.selfeval import score_responses
@@ -18,13 +16,7 @@ from spalign.types import Prompt, PromptGroup, group_from_json, group_to_json
 def evaluation_steps(run: Context, when: str, policy: Policy, judge: Policy) -> list[Step]:
     """Two steps: answers of `policy` to the bare held-out prompts, then their scores by `judge`. `when` is "before" or "after"."""
     config = run.config
-    settings = SampleConfig(
-        n=max(2, config.evaluation.samples),
-        temperature=config.evaluation.temperature or 1.0,
-        top_p=config.sample.top_p,
-        max_new_tokens=config.sample.max_new_tokens,
-    ).model_copy(update={"n": config.evaluation.samples, "temperature": config.evaluation.temperature})
-    bare = run.constitution.model_copy(update={"system_variants": (SystemVariant(name="plain"),)})
+    settings = config.sample.model_copy(update={"n": config.evaluation.samples, "temperature": config.evaluation.temperature})
     inputs = {
         "policy": policy.digest,
         "prompts": prompt_sets.sha256(run.heldout_prompts),
@@ -49,7 +41,9 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judge: Policy) -> 
         with run.metered(policy, f"evaluation {when}: sample", len(run.heldout_prompts) * settings.n, "responses") as engine:
 
             def work(shard: Sequence[Prompt]) -> list[Row]:
-                return [group_to_json(g) for g in sample(engine, shard, bare, settings, seed=config.seed, purpose="heldout")]
+                return [
+                    group_to_json(g) for g in sample(engine, shard, run.constitution.bare(), settings, seed=config.seed, purpose="heldout")
+                ]
 
             return run_in_parts(answered, run.heldout_prompts, config.shard_size, work, tokens=lambda: engine.tokens)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spalign.evaluation import compare
+from spalign.evaluation import Check, compare
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.pipeline.evaluate import groups_of
 from spalign.store import read_json, versions
@@ -58,13 +58,18 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy]) -
         "evaluation": {o: measures[o]["all"] for o in names if "all" in measures[o]},
         "measures": measures,
         "unscored": comparison.unscored,
-        "checks": [{"name": c.name, "passed": c.passed, "text": c.text} for c in comparison.checks],
+        "checks": [{"name": c.name, "passed": c.passed, "text": c.text} for c in (*comparison.checks, _training(trained))],
         "transcripts": _transcripts(before, after),
         "seconds": {where: m.get("seconds", 0.0) for where, m in done.items()},
         "tokens": {where: m["tokens"] for where, m in done.items() if m.get("tokens")},
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "versions": versions(),
     }
+
+
+def _training(trained: Sequence[dict[str, Any]]) -> Check:
+    stopped = [f"{m['collapsed']} (step {m['steps']})" for m in trained if m["collapsed"]]
+    return Check("training did not collapse", not stopped, "; ".join(stopped) or "every probe passed")
 
 
 def _transcripts(before: Sequence[Any], after: Sequence[Any]) -> list[dict[str, str]]:

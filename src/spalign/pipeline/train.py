@@ -134,7 +134,13 @@ def _fit(trainer: Any, run: Context, base: str, checkpoint: Path | None) -> int:
     per_step = trainer.args.gradient_accumulation_steps * trainer.args.per_device_train_batch_size
     total = -(-len(trainer.train_dataset) // per_step) * trainer.args.num_train_epochs
     with run.ui.stage(f"{base} train", round(total), "steps") as tick:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except FloatingPointError as e:
+            raise NothingToTrainOn(
+                f"training stopped: {e}; no model is handed over",
+                hint="lower train.learning_rate; the last good checkpoint is kept for --resume",
+            ) from e
     return int(trainer.state.global_step)
 
 
@@ -145,7 +151,7 @@ def _probe(run: Context, tokenizer: Any, prompts: Sequence[Prompt], autocast: An
     from spalign.training.guard import Probe
 
     few = list(prompts[:: max(1, len(prompts) // run.config.train.guard.prompts)])[: run.config.train.guard.prompts]
-    bare = run.constitution.model_copy(update={"system_variants": (run.constitution.system_variants[0].model_copy(update={"text": ""}),)})
+    bare = run.constitution.bare()
     config = run.config.sample.model_copy(update={"n": 1})
 
     def probe(model: Any) -> Probe:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from spalign.config import SampleConfig
-from spalign.constitution import Constitution, SystemVariant
+from spalign.constitution import Constitution
 from spalign.engines.base import Completion, Engine, GenerateRequest, Sampling
 from spalign.types import Message, Prompt, PromptGroup, Response
 
@@ -59,8 +59,3 @@ def ask(engine: Engine, asks: Sequence[Ask], sampling: Sampling, *, seed: int, p
 
 def _response(a: Ask, purpose: str, completion: Completion) -> Response:
     return Response(f"{a.prompt.id}/{purpose}-{a.index}", completion.text, completion.token_ids, completion.finished, a.variant)
-
-
-def plain_variant() -> SystemVariant:
-    """The bare prompt, as in training and evaluation."""
-    return SystemVariant(name="plain")
