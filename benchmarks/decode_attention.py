@@ -35,8 +35,8 @@ def main() -> None:
         key, value = (torch.randn(ROWS, KV_HEADS, KEYS, DIM, dtype=dtype) for _ in range(2))
         mask = torch.ones(ROWS, 1, 1, KEYS, dtype=torch.bool)
         grouped = query.view(ROWS, KV_HEADS, HEADS // KV_HEADS, DIM)
-        plain = milliseconds(lambda q=query, k=key, v=value: sdpa(q, k, v, attn_mask=mask, enable_gqa=True))  # type: ignore[misc]
-        ours = milliseconds(lambda q=grouped, k=key, v=value: sdpa(q, k, v, attn_mask=mask))  # type: ignore[misc]
+        plain = milliseconds(lambda q=query, k=key, v=value, m=mask: sdpa(q, k, v, attn_mask=m, enable_gqa=True))  # type: ignore[misc]
+        ours = milliseconds(lambda q=grouped, k=key, v=value, m=mask: sdpa(q, k, v, attn_mask=m))  # type: ignore[misc]
         out[str(dtype).removeprefix("torch.")] = {
             "plain_ms": round(plain, 3),
             "grouped_ms": round(ours, 3),

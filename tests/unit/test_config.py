@@ -124,7 +124,7 @@ def test_tau_is_a_constant_a_quantile_or_absent(tau, constant, quantile):
 
 @pytest.mark.parametrize("tau", ["0", "-1", "101%", "32 %", "x", ".inf"])
 def test_other_taus_are_refused(tau):
-    with pytest.raises(ConfigError, match="denoise.tau"):
+    with pytest.raises(ConfigError, match=r"denoise\.tau"):
         config_from({"name": "a"}, (f"denoise.tau={tau}",))
 
 

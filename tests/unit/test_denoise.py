@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from spalign.config import DenoiseConfig
 from spalign.constitution import Objective
-from spalign.preference import check, consistent_yield, covariance_det, denoise, dominates, resolve_tau, usable_candidates
+from spalign.preference import check, consistent_yield, covariance_det, denoise, dominates, hopeless, resolve_tau, usable_candidates
 from spalign.types import DropReason, Message, Prompt, PromptGroup, Response
 
 properties = settings(deadline=None, max_examples=150)
@@ -299,3 +299,24 @@ def test_yield_of_the_refined_response_and_of_its_placebo() -> None:
     assert consistent_yield(groups, BOTH, STRICT, of="refined") == (3, 4)
     assert consistent_yield(groups, BOTH, STRICT, of="placebo") == (2, 3)
     assert consistent_yield([], BOTH, STRICT, of="placebo") == (0, 0)
+
+
+# what the candidates alone decide
+
+
+def test_a_group_that_no_refinement_can_save_is_spared_it_and_says_why() -> None:
+    flat = make_group([(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)], (4.0, 4.0)).replace(refined=None)  # collinear: det = 0
+    assert (hopeless(flat, BOTH) or [None])[0] is DropReason.UNINFORMATIVE
+    assert check(flat, BOTH, STRICT, None).reason is DropReason.UNINFORMATIVE
+    one = make_group([(1.0, 2.0)], (4.0, 4.0)).replace(refined=None)
+    assert (hopeless(one, BOTH) or [None])[0] is DropReason.EMPTY
+    good = make_group(ROWS, (4.0, 4.0))
+    assert hopeless(good, BOTH) is None
+    assert check(good.replace(refined=None), BOTH, STRICT, None).reason is DropReason.EMPTY
+
+
+@properties
+@given(runs())
+def test_nothing_hopeless_is_ever_kept(groups: list[PromptGroup]) -> None:
+    for verdict in denoise(groups, BOTH, DenoiseConfig(tau=None)):
+        assert not (verdict.kept and hopeless(verdict.group, BOTH))

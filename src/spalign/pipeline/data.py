@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from spalign.preference import (
     best,
     consistent_yield,
     denoise,
+    hopeless,
     is_scored,
     make_pairs,
     resolve_tau,
@@ -24,7 +25,7 @@ from spalign.preference import (
 )
 from spalign.rollout import Drafts, choose, draft, sample
 from spalign.selfeval import check_scorers, score_groups, score_responses
-from spalign.store import Row, Stage, run_in_parts
+from spalign.store import Item, Row, Stage, run_in_parts
 from spalign.types import (
     DropReason,
     PreferencePair,
@@ -55,8 +56,8 @@ def sample_step(run: Context, base: str, policy: Policy, prompts: list[Prompt], 
     def do() -> dict[str, Any]:
         check_scorers(policy.engine, run.objectives, config.self_evaluation)
         run.check_fit(policy, prompts)
-        remaining = _left(stage, prompts, config.shard_size) * config.sample.n
-        with run.metered(policy, f"{base} sample", remaining, "responses") as engine:
+        total = len(_left(stage, prompts, config.shard_size)) * config.sample.n
+        with run.metered(policy, f"{base} sample", total, "responses") as engine:
 
             def work(shard: Sequence[Prompt]) -> list[Row]:
                 groups = sample(engine, shard, run.constitution, config.sample, seed=config.seed, purpose=f"{iteration}-candidate")
@@ -75,7 +76,7 @@ def evaluate_step(run: Context, base: str, policy: Policy, config: RunConfig, sa
 
     def do() -> dict[str, Any]:
         groups = _groups(sampled)
-        left = groups[len(groups) - _left(stage, groups, config.shard_size) :]
+        left = _left(stage, groups, config.shard_size)
         total = len(objectives) * sum(r.finished and bool(r.text.strip()) for g in left for r in g.candidates)
         with run.metered(policy, f"{base} evaluate", total, "scores") as engine:
 
@@ -88,7 +89,10 @@ def evaluate_step(run: Context, base: str, policy: Policy, config: RunConfig, sa
 
 
 def refine_step(run: Context, base: str, policy: Policy, config: RunConfig, scored: Stage) -> Step:
-    """3-refine: drafts of a better response and of its placebo, scored like the rest. Which draft is taken is decided in 4-denoise."""
+    """3-refine: drafts of a better response and of its placebo, scored like the rest; none where they could not save the prompt.
+
+    Which draft is taken is decided in 4-denoise.
+    """
     objectives = _objectives(run, config)
     inputs = {
         "from": scored.digest,
@@ -103,21 +107,18 @@ def refine_step(run: Context, base: str, policy: Policy, config: RunConfig, scor
     def do() -> dict[str, Any]:
         groups = _groups(scored)
         kinds = 2 if config.refine.placebo else 1
-        total = _left(stage, groups, config.shard_size) * config.refine.drafts * kinds * (1 + len(objectives))
+        lost = {g.prompt.id for g in groups if hopeless(g, objectives)}
+        left = [g for g in _left(stage, groups, config.shard_size) if g.prompt.id not in lost]
+        total = len(left) * config.refine.drafts * kinds * (1 + len(objectives))
         with run.metered(policy, f"{base} refine", total, "responses and scores") as engine:
 
             def work(shard: Sequence[PromptGroup]) -> list[Row]:
-                drafts = draft(engine, shard, run.constitution, config.refine, config.sample, seed=config.seed)
-                flat = [(g.prompt, r) for g, d in zip(shard, drafts, strict=True) for r in (*d.refined, *d.placebo)]
-                finished = [item for item in flat if item[1].finished]
+                worth = [g for g in shard if g.prompt.id not in lost]
+                drafts = draft(engine, worth, run.constitution, config.refine, config.sample, seed=config.seed)
+                finished = [(g.prompt, r) for g, d in zip(worth, drafts, strict=True) for r in (*d.refined, *d.placebo) if r.finished]
                 scored_by_id = {r.id: r for r in score_responses(engine, finished, objectives, config.self_evaluation)}
-                rows = []
-                for g, d in zip(shard, drafts, strict=True):
-                    sides = {"refined": d.refined, "placebo": d.placebo}
-                    rows.append(
-                        {"prompt_id": g.prompt.id, **{k: [_response_row(scored_by_id.get(r.id, r)) for r in v] for k, v in sides.items()}}
-                    )
-                return rows
+                by_prompt = {g.prompt.id: d for g, d in zip(worth, drafts, strict=True)}
+                return [_drafts_row(g.prompt.id, by_prompt.get(g.prompt.id, Drafts(())), scored_by_id) for g in shard]
 
             return run_in_parts(stage, groups, config.shard_size, work, tokens=lambda: engine.tokens)
 
@@ -251,9 +252,9 @@ def _asked(config: RunConfig, run: Context) -> dict[str, Any]:
     }
 
 
-def _left(stage: Stage, items: Sequence[Any], size: int) -> int:
-    """How many items of an interrupted stage are not on disk yet."""
-    return sum(len(items[s : s + size]) for n, s in enumerate(range(0, len(items), size)) if not stage.part(n).exists())
+def _left(stage: Stage, items: Sequence[Item], size: int) -> list[Item]:
+    """The items of an interrupted stage that are not on disk yet."""
+    return [item for n, s in enumerate(range(0, len(items), size)) if not stage.part(n).exists() for item in items[s : s + size]]
 
 
 def _groups(stage: Stage) -> list[PromptGroup]:
@@ -276,6 +277,11 @@ def _response_row(response: Any) -> Row:
 
 def _drafts(row: Row) -> Drafts:
     return Drafts(*(tuple(r for r in map(response_from_json, row[kind]) if r) for kind in ("refined", "placebo")))
+
+
+def _drafts_row(prompt_id: str, drafts: Drafts, scored: Mapping[str, Response]) -> Row:
+    sides = {"refined": drafts.refined, "placebo": drafts.placebo}
+    return {"prompt_id": prompt_id, **{k: [_response_row(scored.get(r.id, r)) for r in v] for k, v in sides.items()}}
 
 
 def _verdict_row(v: Verdict) -> Row:

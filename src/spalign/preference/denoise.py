@@ -43,6 +43,8 @@ def denoise(groups: Sequence[PromptGroup], objectives: Sequence[Objective], conf
 
 def check(group: PromptGroup, objectives: Sequence[Objective], config: DenoiseConfig, tau: float | None) -> Verdict:
     """The verdict on one group under a known tau (None: no upper bound). The first thing that fails gives the reason."""
+    if group.refined is None and (lost := hopeless(group, objectives)):
+        return Verdict(group, lost[0], None, lost[1])
     if problem := _incomplete(group) or _unscored(group, objectives):
         return Verdict(group, problem[0], None, problem[1])
     assert group.refined is not None  # or it would be incomplete
@@ -50,9 +52,21 @@ def check(group: PromptGroup, objectives: Sequence[Objective], config: DenoiseCo
     det = covariance_det([[score_of(c, o) for o in objectives] for c in candidates], ddof=config.ddof, scale=config.scale)
     problem = _inconsistent(group.refined, candidates, objectives, config.consistency)
     if not problem and det == 0:
-        problem = DropReason.UNINFORMATIVE, f"det(Sigma) = 0 over {len(candidates)} candidates and {len(objectives)} objective(s)"
+        problem = _uninformative(candidates, objectives)
     reason, detail = problem or (None, "")
     return _bounded(Verdict(group, reason, det, detail), tau)
+
+
+def hopeless(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
+    """Why no refined response, however good, could keep this group, whatever tau and the rule; None if one could.
+
+    Refinement is spared such a group: too few usable candidates, or det(Sigma) = 0.
+    """
+    if problem := _too_few(group) or _too_few_scored(group, objectives):
+        return problem
+    candidates = usable_candidates(group, objectives)
+    det = covariance_det([[score_of(c, o) for o in objectives] for c in candidates], ddof=0, scale=SCORE_MAX)
+    return _uninformative(candidates, objectives) if det == 0 else None
 
 
 def usable(responses: Iterable[Response | None], objectives: Sequence[Objective]) -> tuple[Response, ...]:
@@ -133,9 +147,9 @@ def _gram_det(matrix: list[list[int]]) -> int:
 def resolve_tau(dets: Sequence[float], config: DenoiseConfig) -> float | None:
     """tau: the configured one, or a quantile (linear interpolation) of the consistent groups' positive det(Sigma); None: no bound."""
     ordered = sorted(d for d in dets if d > 0)
-    quantile = config.tau_quantile
-    if not isinstance(config.tau, str) or quantile is None:
+    if not isinstance(config.tau, str):
         return config.tau
+    quantile = config.tau_quantile or 0.0
     if not ordered:
         return None
     position = round(quantile * (len(ordered) - 1), 9)  # 0.29 * 100 is 28.999999999999996
@@ -163,6 +177,10 @@ def _incomplete(group: PromptGroup) -> Problem | None:
         return DropReason.EMPTY, "no refined response" if group.refined is None else "the refined response is blank"
     if not group.refined.finished:
         return DropReason.TRUNCATED, "the refined response was cut off"
+    return _too_few(group)
+
+
+def _too_few(group: PromptGroup) -> Problem | None:
     if (complete := sum(map(_complete, group.candidates))) < 2:
         cut = any(not c.finished for c in group.candidates)
         detail = f"{complete} of {len(group.candidates)} candidates are finished and not blank; two are needed"
@@ -173,9 +191,17 @@ def _incomplete(group: PromptGroup) -> Problem | None:
 def _unscored(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
     if not usable([group.refined], objectives):
         return DropReason.UNSCORED, "the refined response lacks a score"
+    return _too_few_scored(group, objectives)
+
+
+def _too_few_scored(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
     if (scored := len(usable_candidates(group, objectives))) < 2:
         return DropReason.UNSCORED, f"{scored} of {len(group.candidates)} candidates are usable and scored; two are needed"
     return None
+
+
+def _uninformative(candidates: Sequence[Response], objectives: Sequence[Objective]) -> Problem:
+    return DropReason.UNINFORMATIVE, f"det(Sigma) = 0 over {len(candidates)} candidates and {len(objectives)} objective(s)"
 
 
 def _inconsistent(
