@@ -102,10 +102,10 @@ def test_the_model_loads_with_transformers(reference):
 def test_a_person_sees_funnel_scores_checks_transcripts_and_the_model(reference):
     out = reference.done.out
     summary = json.loads((reference.run / "summary.json").read_text())
-    assert re.search(r"prompts in +12\n", out)
+    assert re.search(r"prompts in +12 *\n", out)
     for reason, count in summary["funnel"]["dropped"].items():
-        assert re.search(rf"dropped: {reason} +-{count}\n", out)
-    assert re.search(rf"pairs out +{summary['funnel']['pairs']}\n", out)
+        assert re.search(rf"dropped: {reason} +-{count} *\n", out)
+    assert re.search(rf"pairs out +{summary['funnel']['pairs']} *\n", out)
     for check in summary["checks"]:
         assert f"{'ok  ' if check['passed'] else 'FAIL'} {check['name']}: {check['text']}\n" in out
     assert out.count("  before: ") == out.count("  after:  ") == 3
@@ -166,48 +166,51 @@ def test_resume_does_again_only_what_depends_on_the_change(reference, spalign, t
     assert "unstable" not in funnel["dropped"]
 
 
-def test_fresh_sets_the_old_run_aside(reference, spalign, tmp_path):
+def test_fresh_sets_the_old_run_aside_and_nothing_survives(reference, spalign, tmp_path):
+    """One token an answer is too few: all are empty or cut off."""
     folder = reference.copy(tmp_path / "here")
     before = files_of(folder / "runs/tiny")
-    done = spalign(folder, "run", "run.yaml", "--fresh", "--set", "prompts.train.limit=4", "--set", "pairs.delta=10")
-    assert done.code == 3  # no margin is that wide on this model: quick, and nothing to train on
+    done = spalign(folder, "run", "run.yaml", "--fresh", "--set", "prompts.train.limit=4", "--set", "sample.max_new_tokens=1")
     assert "set the old run aside as runs/tiny.old-1" in done.out
     assert files_of(folder / "runs/tiny.old-1") == before
-    manifest = json.loads((folder / "runs/tiny/iteration-1/1-sample/manifest.json").read_text())
-    assert manifest["items"] == 4
-
-
-def test_nothing_survives(lay_out, spalign, tmp_path):
-    folder = lay_out(tmp_path / "here", prompts={"train": {"source": "high_stakes_train", "limit": 4}}, sample={"max_new_tokens": 1})
-    done = spalign(folder, "run", "run.yaml")
+    assert json.loads((folder / "runs/tiny/iteration-1/1-sample/manifest.json").read_text())["items"] == 4
     assert done.code == 3
-    assert re.search(r"prompts in +4\n", done.out)
-    assert re.search(r"prompts kept +0\n", done.out)
+    assert re.search(r"prompts in +4 *\n", done.out)
+    assert re.search(r"prompts kept +0 *\n", done.out)
     assert "stopped: no preference pair is left" in done.err
     assert re.search(r"fix: \d of 4 prompts left as '(empty|truncated)': ", done.err)
     assert not (folder / "runs/tiny/iteration-1/6-train").exists()
     assert not (folder / "runs/tiny/summary.json").exists()
 
 
-def test_stage_by_stage(lay_out, spalign, tmp_path):
-    folder = lay_out(tmp_path / "here", prompts={"train": {"source": "high_stakes_train", "limit": 6}}, denoise={"tau": None})
-    early = spalign(folder, "train", "run.yaml")
-    assert early.code == 2
-    assert "'train' needs the stage 'sample'" in early.err
-    assert "spalign sample CONFIG" in early.err
-    stages = ("sample", "evaluate", "refine", "denoise", "pair", "train")
-    for number, name in enumerate(stages, 1):
+def test_stage_by_stage(lay_out, spalign, reference, tmp_path):
+    folder = lay_out(tmp_path / "here")
+    stages = folder / "runs/tiny/iteration-1"
+
+    def refused(name: str, needs: str) -> None:
+        done = spalign(folder, name, "run.yaml", shim=LIGHT)
+        assert done.code == 2
+        assert f"'{name}' needs the stage '{needs}'" in done.err
+        assert f"fix: run: spalign {needs} CONFIG" in done.err
+        assert "heavy: []" in done.out
+
+    def goes(name: str, said: str) -> None:
         done = spalign(folder, name, "run.yaml")
         assert done.code == 0, done.err
-        assert f"{name}: done; runs/tiny" in done.out
-        assert len(list((folder / "runs/tiny/iteration-1").glob("*/manifest.json"))) == number
-        if name == "sample":
-            late = spalign(folder, "denoise", "run.yaml")
-            assert late.code == 2
-            assert "'denoise' needs the stage 'evaluate'" in late.err
-    again = spalign(folder, "pair", "run.yaml", shim=LIGHT)
-    assert "pair: was done already" in again.out
-    assert "heavy: []" in again.out
+        assert f"{name}: {said}; runs/tiny" in done.out
+
+    refused("train", "sample")
+    goes("sample", "done")
+    refused("denoise", "evaluate")
+    shutil.copytree(reference.run / "iteration-1/2-evaluate", stages / "2-evaluate")  # what `evaluate` would come to
+    goes("evaluate", "was done already")
+    for number, name in enumerate(("refine", "denoise", "pair", "train"), 3):
+        goes(name, "done")
+        assert len(list(stages.glob("*/manifest.json"))) == number
+    for stage in stages.iterdir():
+        mine, theirs = (sorted(f.glob("part-*")) for f in (stage, reference.run / "iteration-1" / stage.name))
+        assert [p.read_bytes() for p in mine] == [p.read_bytes() for p in theirs]
+    goes("pair", "was done already")
 
 
 # bad input: exit code 2, where and what and a fix, never a traceback, and the run folder as it was
@@ -388,7 +391,7 @@ def test_a_disk_too_small_for_training_is_refused_and_the_run_goes_on_elsewhere(
 def test_a_full_disk_is_refused(lay_out, spalign, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True, text=True, check=False)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"mounting a tmpfs is not permitted here: {made.stderr.strip()}")
     try:

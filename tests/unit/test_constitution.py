@@ -57,7 +57,7 @@ def test_shipped_constitutions_load(name, objectives):
     assert loaded.name == name
     assert loaded.objective_names == objectives
     assert all({e.answer for e in o.exemplars} == {"yes", "no"} for o in loaded.objectives)
-    assert [o.good_answer for o in loaded.objectives] == ["no", "yes"]
+    assert all({e.answer for e in o.exemplars} >= {o.good_answer} for o in loaded.objectives)
     assert loaded.system_variants[0].text == "", "the bare prompt is among the variants"
 
 
