@@ -30,11 +30,12 @@ KINDS: dict[str, tuple[list[Scores], Scores]] = {
     # det(Sigma), ddof 1: alpha 2 4 3 5 and beta 3 2 5 4 have variance 5/3 each and covariance 0: 25/9
     "keep": ([(2, 3), (4, 2), (3, 5), (5, 4)], (8, 8)),
     "unscored": ([(2, 3), (4, 2), (3, 5), (5, 4)], (None, 8)),
-    "ceiling": ([(10, 3), (10, 2), (10, 5), (10, 4)], (10, 8)),
+    # alpha 10 4 3 5, deviations 4.5 -1.5 -2.5 -.5: 9 det = 29 * 5 - 4^2 = 129, but nothing is above 10
+    "ceiling": ([(10, 3), (4, 2), (3, 5), (5, 4)], (10, 8)),
     "not dominating": ([(2, 3), (4, 2), (3, 5), (5, 4)], (8, 1)),
     "uninformative": ([(3, 3)] * 4, (8, 8)),
     # alpha .5 9 .5 9 and beta .5 .5 9 9: variance 4 * 4.25^2 / 3 = 24.1 each, covariance 0: det = 580
-    "unstable": ([(0.5, 0.5), (9, 0.5), (0.5, 9), (9, 9)], (8, 8)),
+    "unstable": ([(0.5, 0.5), (9, 0.5), (0.5, 9), (9, 9)], (9.5, 9.5)),
     # all within 0.4 points of each other, summed over both
     "below margin": ([(3, 3), (3.1, 3), (3, 3.1), (3.1, 3.1)], (3.2, 3.2)),
     "empty": ([(2, 3), (4, 2), (3, 5), (5, 4)], (8, 8)),
@@ -56,7 +57,7 @@ def reply(messages: tuple[Message, ...], seed: int) -> str:
         return ""
     number = int(re.search(r"variant (\d)", system)[1]) if "variant" in system else 0  # type: ignore[index]
     scores = refined if good else candidates[number]
-    third = ((sum(s or 0 for s in scores) + number**2) / 2,)
+    third = (9.5 if good else (sum(s or 0 for s in scores) + number**2) / 2,)
     words = " ".join(f"{o}={s:g}" for o, s in zip(OBJECTIVES, (*scores, *third), strict=True) if s is not None)
     return words + (" and on and on" * 9 if good and kind == "truncated" else f" {'good' if good else number} {kind}")
 
@@ -127,7 +128,7 @@ def settings(folder: Path, model: object, kinds: Sequence[str], k: int = 2, **ch
         "prompts": {"train": prompts(folder, "train", kinds), "heldout": prompts(folder, "heldout", ["keep"] * 2)},
         "engine": {"dtype": "float32"},
         "sample": {"n": 4, "max_new_tokens": 60},
-        "denoise": {"tau": 50},
+        "denoise": {"consistency": "strict", "tau": 50},
         "pairs": {"delta": 0.5, "max_per_prompt": None, "balance_length": False},
         "train": {"epochs": 2, "prompts_per_step": 4, "guard": {"prompts": 1, "max_length_ratio": 50, "max_repetition_rise": 1}},
         "evaluation": {"samples": 1, "bootstrap": 100},

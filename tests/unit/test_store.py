@@ -48,6 +48,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 # digest
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text(), JSON, min_size=2))
 def test_digest_does_not_depend_on_the_order_of_keys(value):
     assert digest(value) == digest(dict(reversed(value.items())))
