@@ -11,7 +11,7 @@ run: setup
 
 # Two workers of one thread each: the models of the tests are too small to share a core's work.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

@@ -193,6 +193,10 @@ class RunFolder:
         with clear_errors(self.path):  # a name that is too long, a folder that may not be looked into
             return (self.path / "config.yaml").exists()
 
+    def has_work(self) -> bool:
+        """Whether anything is finished that another configuration could call into question."""
+        return self.exists() and any(self.path.rglob("part-*.jsonl"))
+
     def path_exists(self) -> bool:
         with clear_errors(self.path):
             return self.path.exists()

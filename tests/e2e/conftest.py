@@ -72,7 +72,7 @@ def settings(tiny_model: Path) -> dict[str, Any]:
         "pairs": {"delta": 0.05, "max_per_prompt": 2, "balance_length": False},
         "train": {
             "learning_rate": 1e-5,
-            "epochs": 1,
+            "epochs": 3,
             "prompts_per_step": 2,
             "guard": {"every_steps": 1, "prompts": 2, "max_length_ratio": 20, "max_repetition_rise": 1},
         },

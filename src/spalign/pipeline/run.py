@@ -151,7 +151,7 @@ def _claim(folder: RunFolder, config: RunConfig, mode: Mode, ui: Progress) -> No
         folder.open()  # not while another process works on it
         folder.close()
         ui.line(f"set the old run aside as {folder.set_aside()}")
-    if mode == "auto" and folder.exists() and (changes := _changes(folder, config)):
+    if mode == "auto" and folder.has_work() and (changes := _changes(folder, config)):
         listed = "\n".join(f"  {c}" for c in changes[:12])
         raise RunFolderError(
             f"{folder.path} holds a run with another configuration:\n{listed}",

@@ -13,6 +13,7 @@ from spalign.preference.order import SLACK, is_scored, level, met, score_of
 from spalign.types import SCORE_MAX, DropReason, PromptGroup, Response
 
 Consistency = Literal["strict", "above_mean"]
+_BAR = {"strict": "max", "above_mean": "mean"}
 Problem = tuple[DropReason, str]
 
 
@@ -44,6 +45,8 @@ def denoise(groups: Sequence[PromptGroup], objectives: Sequence[Objective], conf
 def check(group: PromptGroup, objectives: Sequence[Objective], config: DenoiseConfig, tau: float | None) -> Verdict:
     """The verdict on one group under a known tau (None: no upper bound). The first thing that fails gives the reason."""
     if group.refined is None and (lost := hopeless(group, objectives)):
+        if lost[0] is DropReason.UNINFORMATIVE:  # top marks for all say more than that they are equal
+            lost = _ceiling(usable_candidates(group, objectives), objectives, config.consistency) or lost
         return Verdict(group, lost[0], None, lost[1])
     if problem := _incomplete(group) or _unscored(group, objectives):
         return Verdict(group, problem[0], None, problem[1])
@@ -208,13 +211,20 @@ def _inconsistent(
     refined: Response, candidates: Sequence[Response], objectives: Sequence[Objective], consistency: Consistency
 ) -> Problem | None:
     """CEILING where not even SCORE_MAX would have passed on some objective: the scale is at fault, not the refined response."""
-    bar = "max" if consistency == "strict" else "mean"
     failed = [o for o in objectives if not _passes(score_of(refined, o), candidates, o, consistency)]
-    for o in failed:
+    if not failed:
+        return None
+    names = ", ".join(o.name for o in failed)
+    return _ceiling(candidates, failed, consistency) or (
+        DropReason.NOT_DOMINATING,
+        f"{names}: not above the candidates' {_BAR[consistency]}",
+    )
+
+
+def _ceiling(candidates: Sequence[Response], objectives: Sequence[Objective], consistency: Consistency) -> Problem | None:
+    for o in objectives:
         if not _passes(SCORE_MAX, candidates, o, consistency):
-            return DropReason.CEILING, f"{o.name}: the candidates' {bar} is at the top of the scale"
-    if failed:
-        return DropReason.NOT_DOMINATING, f"{', '.join(o.name for o in failed)}: not above the candidates' {bar}"
+            return DropReason.CEILING, f"{o.name}: the candidates' {_BAR[consistency]} is at the top of the scale"
     return None
 
 
