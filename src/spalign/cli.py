@@ -45,15 +45,13 @@ def run(config: ConfigFile, set_: Sets = None, resume: Resume = False, fresh: Fr
 
 
 def _stage_command(name: str, what: str) -> None:
-    def command(config: ConfigFile, set_: Sets = None) -> None:
+    def command(config: ConfigFile, set_: Sets = None, resume: Resume = False) -> None:
         from spalign.pipeline import run as run_pipeline
         from spalign.report import Progress
-        from spalign.store import RunFolder
 
         ui = Progress()
         loaded = _config(config, set_)
-        mode: Any = "resume" if RunFolder(loaded.folder).exists() else "auto"
-        outcome = run_pipeline(loaded, mode=mode, only=name, ui=ui)
+        outcome = run_pipeline(loaded, mode="resume" if resume else "auto", only=name, ui=ui)
         ui.line(f"{name}: {'done' if outcome.new else 'was done already'}; {outcome.folder}")
 
     command.__doc__ = what

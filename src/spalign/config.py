@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from spalign.constitution import Constitution, load_constitution
 from spalign.errors import ConfigError
@@ -114,7 +114,7 @@ class DenoiseConfig(_Part):
 
     consistency: Literal["strict", "above_mean"] = "above_mean"
     """strict: the refined response is above every candidate on every objective; above_mean: above the candidates' mean."""
-    tau: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^(100|[1-9]?\d)(\.\d+)?%$")] | None = "90%"
+    tau: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^(100(\.0+)?|[1-9]?\d(\.\d+)?)%$")] | None = "90%"
     """Upper bound of det(Sigma): a number in units of scale^(2k), or a quantile ("32%") of the run's consistent groups with det > 0."""
     ddof: Literal[0, 1] = 1
     scale: Annotated[float, Field(gt=0)] = 10.0
@@ -162,7 +162,7 @@ class TrainConfig(_Part):
     prompts_per_step: PositiveInt = 8
     """Prompts (with all their pairs) in one optimiser step."""
     prompts_per_forward: PositiveInt = 1
-    """Prompts in one forward pass; does not change the result."""
+    """Prompts in one forward pass, a divisor of prompts_per_step; does not change the result."""
     beta: Annotated[float, Field(gt=0)] = 2.5
     gamma: Annotated[float, Field(ge=0)] = 1.0
     """Target margin, absolute (SimPO's recipes quote gamma/beta)."""
@@ -174,6 +174,12 @@ class TrainConfig(_Part):
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
     guard: GuardConfig = GuardConfig()
+
+    @model_validator(mode="after")
+    def _whole_forwards(self) -> Self:
+        if self.prompts_per_step % self.prompts_per_forward:
+            raise ValueError(f"prompts_per_forward {self.prompts_per_forward} must divide prompts_per_step {self.prompts_per_step}")
+        return self
 
 
 class EvaluationConfig(_Part):

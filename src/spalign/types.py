@@ -81,7 +81,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class PromptGroup:
-    """A prompt with its responses: candidates y^(1..n), drafts of the refined one, the refined y~ and its placebo."""
+    """A prompt with its responses: candidates y^(1..n), the refined y~ and its placebo."""
 
     prompt: Prompt
     candidates: tuple[Response, ...] = ()

@@ -263,8 +263,13 @@ def test_alpha_zero_needs_no_gaps(tmp_path: Path) -> None:
     simpo.backward()
     assert loss == pytest.approx(float(simpo.detach()), rel=1e-5)
     assert gap(grad, gradient(model)) < 1e-5
-    with pytest.raises(DataError, match="all gaps of an optimiser step are 0"):
-        step(trainer_for(tmp_path, llama(), none), split(none, 2))
+
+
+def test_a_step_whose_gaps_are_all_zero_has_no_weight_and_does_not_stop_training(tmp_path: Path) -> None:
+    none = [TrainingGroup(g.prompt, g.responses, tuple(TrainingPair(p.chosen, p.rejected, 0.0) for p in g.pairs)) for g in GROUPS]
+    loss, grad = step(trainer_for(tmp_path, llama(), none), split(none, 2))
+    assert loss == 0.0
+    assert not grad.any()
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, truth: tuple[float, Tensor]) -> None:

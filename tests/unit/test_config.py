@@ -122,7 +122,7 @@ def test_tau_is_a_constant_a_quantile_or_absent(tau, constant, quantile):
     assert (denoise.tau, denoise.tau_quantile) == (constant, quantile)
 
 
-@pytest.mark.parametrize("tau", ["0", "-1", "101%", "32 %", "x", ".inf"])
+@pytest.mark.parametrize("tau", ["0", "-1", "101%", "100.9%", "32 %", "x", ".inf"])
 def test_other_taus_are_refused(tau):
     with pytest.raises(ConfigError, match=r"denoise\.tau"):
         config_from({"name": "a"}, (f"denoise.tau={tau}",))
@@ -264,3 +264,8 @@ def test_importing_the_config_imports_nothing_heavy():
     code = "import sys, spalign.config; print(sorted({'torch', 'transformers', 'numpy', 'datasets', 'pyarrow', 'peft'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_forward_passes_divide_a_step():
+    with pytest.raises(ConfigError, match="must divide"):
+        config_from({"name": "a", "train": {"prompts_per_step": 8, "prompts_per_forward": 3}})

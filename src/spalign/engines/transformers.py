@@ -141,7 +141,9 @@ class TransformersEngine:
         return [found.get(ids) for ids in encoded]
 
     def _one_token(self, choice: str) -> int:
-        ids = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
+        # as it stands after text: some tokenizers give a lone word one more token
+        before, ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("Answer:", f"Answer:{choice}"))
+        ids = ids[len(before) :] if ids[: len(before)] == before else ids
         if len(ids) != 1:
             raise EngineError(
                 f"the choice {choice!r} is {len(ids)} tokens for this tokenizer, not one", hint="use the likert scorer for this model"
@@ -274,4 +276,10 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype) -> tuple[
             f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}",
             hint="check the name, your network and your access to the hub; or use a local folder",
         ) from e
-    return model.to(device_of(config)), tokenizer
+    try:
+        return model.to(device_of(config)), tokenizer
+    except (RuntimeError, AssertionError) as e:
+        raise ModelError(
+            f"model '{name}' cannot be put on '{device_of(config)}': {str(e).splitlines()[0]}",
+            hint="set engine.device to cpu or a device that is there",
+        ) from e

@@ -85,7 +85,10 @@ def _slices(groups: Sequence[PromptGroup]) -> dict[str, Callable[[str], bool]]:
 def _checks(measures: dict[str, dict[str, dict[str, Interval]]], objectives: Sequence[str]) -> list[Check]:
     checks = []
     scored = [o for o in objectives if measures[o]]
-    if primary := next((o for o in objectives[:1] if measures[o]), None):
+    primary = objectives[0]
+    if primary not in scored:
+        checks.append(Check("primary holds", False, f"{primary} could not be scored"))
+    else:
         d = measures[primary]["all"]["difference"]
         checks.append(Check("primary holds", d.low > FLOOR, f"{primary} {_signed(d)}; must stay above {FLOOR}"))
     rose = [o for o in scored if measures[o]["all"]["difference"].low > 0]

@@ -101,8 +101,14 @@ class Context:
     def check_fit(self, policy: Policy, prompts: Sequence[Prompt]) -> None:
         """Raises PromptError, before anything is generated, for prompts that leave no room for an answer."""
         room = policy.engine.window - self.config.sample.max_new_tokens
+        systems = [*(v.text for v in self.constitution.system_variants), self.constitution.good_system]
+        longest = max(systems, key=len)
         for p in prompts:
-            if len(p.text) > room and (n := len(policy.engine.encode_chat(p.messages))) > room:
+            messages = p.with_system(longest)
+            if (
+                sum(len(m.content.encode("utf-8", "replace")) + 50 for m in messages) > room
+                and (n := len(policy.engine.encode_chat(messages))) > room
+            ):
                 raise PromptError(
                     f"prompt '{p.id}' has {n} tokens; with sample.max_new_tokens {self.config.sample.max_new_tokens} "
                     f"it exceeds the model's window of {policy.engine.window}",

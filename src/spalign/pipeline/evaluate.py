@@ -37,6 +37,8 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judge: Policy) -> 
     )
 
     def answer() -> dict[str, Any]:
+        if policy is not judge:
+            judge.free()
         run.check_fit(policy, run.heldout_prompts)
         with run.metered(policy, f"evaluation {when}: sample", len(run.heldout_prompts) * settings.n, "responses") as engine:
 

@@ -14,7 +14,7 @@ from spalign import prompts as prompt_sets
 from spalign.config import EngineConfig, RunConfig
 from spalign.engines.base import Engine
 from spalign.engines.models import fingerprint
-from spalign.errors import ConfigError, RunFolderError, SpalignError
+from spalign.errors import ConfigError, RunFolderError
 from spalign.pipeline.context import Context, EngineFactory, Policy, Step
 from spalign.pipeline.data import data_steps
 from spalign.pipeline.evaluate import evaluation_steps
@@ -55,11 +55,11 @@ def run(
     context = _prepare(config, ui, make_engine)
     folder = context.folder
     steps, models = _plan(context)  # a model that is not there leaves no trace in the folder
-    _claim(folder, config, mode, ui)
+    _claim(context, mode)
     try:
-        _write_config(context)
         if only is not None:
             return _one_stage(context, steps, only)
+        _write_config(context)
         new = _do(steps)
         summary = summarise(context, steps, models)
         write_json(folder.path / "summary.json", summary)
@@ -96,14 +96,16 @@ def _do(steps: Sequence[Step]) -> bool:
 
 def _one_stage(run: Context, steps: Sequence[Step], only: str) -> Outcome:
     """Do the stage named `only` of the first iteration that lacks it; the stages before it must be done."""
+    steps = [s for s in steps if "/compare-" not in str(s.stage.folder)]
     last = max(i for i, s in enumerate(steps) if s.name == only)
     wanted = next((i for i, s in enumerate(steps) if s.name == only and s.stage.manifest() is None), last)
     for before in steps[:wanted]:
-        if before.stage.manifest() is None and before.name != only and "/compare-" not in str(before.stage.folder):
+        if before.stage.manifest() is None and before.name != only:
             raise RunFolderError(
                 f"'{only}' needs the stage '{before.name}' ({before.stage.folder}), which is not done",
                 hint=f"run: spalign {before.name} CONFIG",
             )
+    _write_config(run)
     return Outcome(run.folder.path, None, _do(steps[wanted : wanted + 1]))
 
 
@@ -143,15 +145,16 @@ def _transformers(name: str, config: EngineConfig) -> Engine:
     return TransformersEngine.load(name, config)
 
 
-def _claim(folder: RunFolder, config: RunConfig, mode: Mode, ui: Progress) -> None:
+def _claim(run: Context, mode: Mode) -> None:
     """Open the folder under the rules of `mode`."""
+    folder = run.folder
     if mode == "resume" and not folder.exists():
         raise RunFolderError(f"{folder.path}: no run to resume", hint="leave out --resume to start it")
     if mode == "fresh" and folder.path_exists():
         folder.open()  # not while another process works on it
         folder.close()
-        ui.line(f"set the old run aside as {folder.set_aside()}")
-    if mode == "auto" and folder.has_work() and (changes := _changes(folder, config)):
+        run.ui.line(f"set the old run aside as {folder.set_aside()}")
+    if mode == "auto" and folder.has_work() and (changes := _changes(run)):
         listed = "\n".join(f"  {c}" for c in changes[:12])
         raise RunFolderError(
             f"{folder.path} holds a run with another configuration:\n{listed}",
@@ -160,13 +163,18 @@ def _claim(folder: RunFolder, config: RunConfig, mode: Mode, ui: Progress) -> No
     folder.open()
 
 
-def _changes(folder: RunFolder, config: RunConfig) -> list[str]:
-    try:
-        old = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise RunFolderError(f"{folder.path / 'config.yaml'}: cannot be read: {e}", hint="use --fresh to set the folder aside") from e
-    lines = difflib.unified_diff(_flat(old), _flat(config.model_dump(mode="json")), n=0, lineterm="")
-    return [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+def _changes(run: Context) -> list[str]:
+    """Lines that differ between the folder's configuration and constitution and this run's."""
+    changed: list[str] = []
+    for name, value in _on_record(run).items():
+        path = run.folder.path / name
+        try:
+            old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise RunFolderError(f"{path}: cannot be read: {e}", hint="use --fresh to set the folder aside") from e
+        lines = difflib.unified_diff(_flat(old), _flat(value), n=0, lineterm="")
+        changed += [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    return changed
 
 
 def _flat(value: Any, at: str = "") -> list[str]:
@@ -175,12 +183,11 @@ def _flat(value: Any, at: str = "") -> list[str]:
     return [f"{at}: {value}"]
 
 
+def _on_record(run: Context) -> dict[str, dict[str, Any]]:
+    """What the folder says of how it was made."""
+    return {"config.yaml": run.config.model_dump(mode="json"), "constitution.yaml": run.constitution.model_dump(mode="json")}
+
+
 def _write_config(run: Context) -> None:
-    for name, value in (
-        ("config.yaml", run.config.model_dump(mode="json")),
-        ("constitution.yaml", run.constitution.model_dump(mode="json")),
-    ):
+    for name, value in _on_record(run).items():
         write_atomic(run.folder.path / name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
-
-
-__all__ = ["STAGES", "Mode", "Outcome", "SpalignError", "run"]

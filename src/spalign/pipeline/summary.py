@@ -11,7 +11,7 @@ from typing import Any
 from spalign.evaluation import Check, compare
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.pipeline.evaluate import groups_of
-from spalign.store import read_json, versions
+from spalign.store import digest, read_json, versions
 
 SCHEMA = 1
 TRANSCRIPTS = 3
@@ -20,7 +20,8 @@ TRANSCRIPTS = 3
 def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy]) -> dict[str, Any]:
     """The summary of a finished run, from its manifests and the judged held-out answers."""
     done = {str(s.stage.folder.relative_to(run.folder.path)): s.stage.manifest() or {} for s in steps}
-    if (old := read_json(run.folder.path / "summary.json")) and old.get("digest") == steps[-1].stage.digest and old.get("schema") == SCHEMA:
+    key = digest([SCHEMA, run.config.model_dump(mode="json"), *(s.stage.digest for s in steps)])
+    if (old := read_json(run.folder.path / "summary.json")) and old.get("digest") == key:
         return dict(old)
     own_pairs = [(w, m) for w, m in done.items() if w.endswith("/5-pair") and "/compare-" not in w]
     trained = [m for w, m in done.items() if w.endswith("/6-train")]
@@ -30,7 +31,7 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy]) -
     measures = comparison.to_json()
     return {
         "schema": SCHEMA,
-        "digest": steps[-1].stage.digest,
+        "digest": key,
         "name": run.config.name,
         "model": run.config.model,
         "model_fingerprint": policies[0].digest,

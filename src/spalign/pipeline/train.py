@@ -71,7 +71,7 @@ def _train(run: Context, base: str, policy: Policy, rows: list[dict[str, Any]], 
     device = device_of(run.config.engine)
     bf16 = fast_bf16(device) and run.config.engine.dtype != "float32"
     model, tokenizer = load_model(policy.name, run.config.engine, dtype=torch.float32)
-    _check_space(model, folder)
+    _check_space(model, folder, adapter=train.lora is not None)
     probe = _probe(run, tokenizer, prompts, torch.bfloat16 if bf16 else None)
     before = probe(model)
     guard = CollapseGuard(probe, before, train.guard)
@@ -83,7 +83,7 @@ def _train(run: Context, base: str, policy: Policy, rows: list[dict[str, Any]], 
         learning_rate=train.learning_rate,
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.prompts_per_forward,
-        gradient_accumulation_steps=max(1, train.prompts_per_step // train.prompts_per_forward),
+        gradient_accumulation_steps=train.prompts_per_step // train.prompts_per_forward,
         lr_scheduler_type=train.scheduler,
         warmup_steps=train.warmup_ratio,
         max_grad_norm=train.max_grad_norm,
@@ -99,7 +99,7 @@ def _train(run: Context, base: str, policy: Policy, rows: list[dict[str, Any]], 
         dataloader_pin_memory=device != "cpu",
     )
     trainer = SPATrainer(model, args, rows, tokenizer, peft_config=_lora(run), callbacks=[guard])
-    steps = _fit(trainer, run, base, _last_checkpoint(folder / "checkpoints"))
+    steps = _fit(trainer, guard, run, base, _last_checkpoint(folder / "checkpoints"))
     best = _last_checkpoint(folder / "checkpoints")
     if best is None:
         raise NothingToTrainOn(
@@ -121,7 +121,7 @@ def _train(run: Context, base: str, policy: Policy, rows: list[dict[str, Any]], 
     }
 
 
-def _fit(trainer: Any, run: Context, base: str, checkpoint: Path | None) -> int:
+def _fit(trainer: Any, guard: Any, run: Context, base: str, checkpoint: Path | None) -> int:
     """Train to the end or to the guard's stop; the number of steps done."""
     from transformers import PrinterCallback, TrainerCallback
 
@@ -137,10 +137,7 @@ def _fit(trainer: Any, run: Context, base: str, checkpoint: Path | None) -> int:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except FloatingPointError as e:
-            raise NothingToTrainOn(
-                f"training stopped: {e}; no model is handed over",
-                hint="lower train.learning_rate; the last good checkpoint is kept for --resume",
-            ) from e
+            guard.collapsed = str(e)
     return int(trainer.state.global_step)
 
 
@@ -201,7 +198,7 @@ def _hand_over(checkpoint: Path, folder: Path, policy: Policy, run: Context, tok
 
         from spalign.engines.transformers import load_model
 
-        model, _ = load_model(policy.name, run.config.engine, dtype=torch.float32)
+        model, _ = load_model(policy.name, run.config.engine.model_copy(update={"device": "cpu"}), dtype=torch.float32)
         merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
         merged.save_pretrained(target)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
@@ -216,13 +213,14 @@ def _hand_over(checkpoint: Path, folder: Path, policy: Policy, run: Context, tok
     tokenizer.save_pretrained(target)
 
 
-def _check_space(model: Any, folder: Path) -> None:
-    """Refuse to begin where the checkpoints (weights and two moments, twice, and the model) cannot fit."""
+def _check_space(model: Any, folder: Path, *, adapter: bool) -> None:
+    """Refuse to begin where the checkpoints (weights and two moments, twice; of an adapter next to nothing) and the model cannot fit."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free
-        if free < 7 * weights:
-            raise RunFolderError(
-                f"{folder}: training needs up to {7 * weights / 1e9:.1f} GB for checkpoints, {free / 1e9:.1f} GB are free",
-                hint="free some space, or choose another runs_dir; everything finished is kept",
-            )
+    there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    need = (1.2 if adapter else 7) * weights - there
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise RunFolderError(
+            f"{folder}: training needs up to {need / 1e9:.1f} GB for checkpoints, {free / 1e9:.1f} GB are free",
+            hint="free some space, or choose another runs_dir; everything finished is kept",
+        )

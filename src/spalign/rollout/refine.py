@@ -36,6 +36,8 @@ def draft(
     asks = []
     for group in groups:
         messages = None if config.style == "principled" else (Message("user", paper_prompt(group, constitution)),)
+        if messages is not None and len(engine.encode_chat(messages)) + how.max_new_tokens > engine.window:
+            continue  # no draft: the group leaves as empty
         asks += [Ask(group.prompt, i, constitution.good_system, config.style, messages) for i in range(config.drafts)]
     refined = ask(engine, asks, how, seed=seed, purpose=f"refined-{config.style}")
     placebo: dict[str, list[Response]] = {}
@@ -43,7 +45,7 @@ def draft(
         variants = constitution.system_variants
         ordinary = [Ask(g.prompt, i, v.text, v.name) for g in groups for i in range(config.drafts) for v in [variants[i % len(variants)]]]
         placebo = ask(engine, ordinary, how, seed=seed, purpose="placebo")
-    return [Drafts(tuple(_cleaned(engine, r) for r in refined[g.prompt.id]), tuple(placebo.get(g.prompt.id, ()))) for g in groups]
+    return [Drafts(tuple(_cleaned(engine, r) for r in refined.get(g.prompt.id, ())), tuple(placebo.get(g.prompt.id, ()))) for g in groups]
 
 
 def choose(group: PromptGroup, drafts: Drafts, best: Callable[[Sequence[Response]], Response]) -> PromptGroup:

@@ -2,6 +2,6 @@
 
 from spalign.selfeval.evaluate import SCORERS, Scorer, check_scorers, score_groups, score_responses
 from spalign.selfeval.likert import LikertScorer, parse_score
-from spalign.selfeval.yes_no import YesNoScorer
+from spalign.selfeval.yes_no import CHOICES, YesNoScorer
 
-__all__ = ["SCORERS", "LikertScorer", "Scorer", "YesNoScorer", "check_scorers", "parse_score", "score_groups", "score_responses"]
+__all__ = ["CHOICES", "SCORERS", "LikertScorer", "Scorer", "YesNoScorer", "check_scorers", "parse_score", "score_groups", "score_responses"]

@@ -13,7 +13,7 @@ from spalign.engines.base import Capability, Engine
 from spalign.text import one_line
 from spalign.types import SCORE_MAX, Prompt, Response
 
-_YES, _NO = " Yes", " No"
+CHOICES = (" Yes", " No")
 
 
 class YesNoScorer:
@@ -28,7 +28,7 @@ class YesNoScorer:
         texts = [shots + _case(prompt.text, response.text, objective.question) for prompt, response in items]
         sign = 1.0 if objective.good_answer == "yes" else -1.0
         out: list[float | None] = []
-        for logps in engine.choice_logprobs(texts, (_YES, _NO)):
+        for logps in engine.choice_logprobs(texts, CHOICES):
             lead = math.nan if logps is None else sign * (logps[0] - logps[1])
             out.append(None if math.isnan(lead) else SCORE_MAX * sigmoid(lead))
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from spalign.errors import DataError
 from spalign.training.batches import collate, layout_for, response_logps
 from spalign.training.groups import TrainingGroup, encode_row, group_rows
 from spalign.training.loss import pair_weights, spa_loss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,6 +84,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)  # or the adapter's first weights would be another session's
             model = get_peft_model(model, peft_config)
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
@@ -123,9 +127,9 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         totals = torch.tensor([float(len(gaps)), float(gaps.sum())], dtype=torch.float32, device=device)
         totals = self.accelerator.reduce(totals, reduction="sum")
         pairs, gap = float(totals[0]), float(totals[1])
-        if self.args.alpha > 0 and batches and gap <= 0:
-            raise DataError("all gaps of an optimiser step are 0, so its weights are undefined", hint="set alpha to 0, or use larger steps")
-        self._totals = StepTotals(pairs, gap / pairs if pairs else 1.0)
+        if self.args.alpha > 0 and batches and gap <= 0:  # Eq. 3 is 0/0 there: pairs of no weight
+            logger.warning("spalign: all %d pairs of step %d have gap 0 and so no weight", pairs, self.state.global_step + 1)
+        self._totals = StepTotals(pairs, gap / pairs if gap > 0 else 1.0)
         return batches, None
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
