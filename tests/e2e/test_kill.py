@@ -86,6 +86,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, lay_out: Callable[..., Path]
     session("refine", "--resume", stage="refine")
     session("train", "--resume", stage="train")
     torn = told.run / "iteration-1/6-train/checkpoints/checkpoint-99"
+    assert torn.parent.is_dir(), (told.sessions["train"].code, told.sessions["train"].err)
     torn.mkdir()
     (torn / "trainer_state.json").write_bytes(b"")  # opened, not written yet
     session("end", "--resume")

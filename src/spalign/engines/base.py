@@ -56,6 +56,10 @@ class Engine(Protocol):
         """Natural log-probability of each one-token choice after each plain text; None where the text exceeds the window."""
         ...
 
+    def check_choices(self, choices: Sequence[str]) -> None:
+        """Raises EngineError where a choice is not one token, so that `choice_logprobs` could not take it."""
+        ...
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation with the assistant's turn opened, as `generate` feeds them."""
         ...

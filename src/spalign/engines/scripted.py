@@ -44,6 +44,9 @@ class ScriptedEngine:
             raise NotImplementedError("this scripted engine was made without a score function")
         return [tuple(self._score(t, c) for c in choices) if len(t) <= self._window else None for t in texts]
 
+    def check_choices(self, choices: Sequence[str]) -> None:
+        """Any choice will do: the score function takes it as text."""
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return [ord(c) + 1 for m in messages for c in f"{m.role}: {m.content}\n"]
 

@@ -140,6 +140,10 @@ class TransformersEngine:
             found |= {ids: tuple(row) for ids, row in zip(prompts, log_probs, strict=True)}
         return [found.get(ids) for ids in encoded]
 
+    def check_choices(self, choices: Sequence[str]) -> None:
+        for choice in choices:
+            self._one_token(choice)
+
     def _one_token(self, choice: str) -> int:
         # as it stands after text: some tokenizers give a lone word one more token
         before, ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("Answer:", f"Answer:{choice}"))

@@ -44,6 +44,9 @@ class MeteredEngine:
         self.tick(len(texts))
         return out
 
+    def check_choices(self, choices: Sequence[str]) -> None:
+        self._engine.check_choices(choices)
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return self._engine.encode_chat(messages)
 

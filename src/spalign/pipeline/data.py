@@ -56,7 +56,7 @@ def sample_step(run: Context, base: str, policy: Policy, prompts: list[Prompt], 
     def do() -> dict[str, Any]:
         check_scorers(policy.engine, run.objectives, config.self_evaluation)
         if any(config.self_evaluation.scorer_of(o.name) == "yes_no" for o in run.objectives):
-            policy.engine.choice_logprobs(["Answer:"], CHOICES)  # refuses a tokenizer that splits them, before anything is sampled
+            policy.engine.check_choices(CHOICES)  # before anything is sampled
         run.check_fit(policy, prompts)
         total = len(_left(stage, prompts, config.shard_size)) * config.sample.n
         with run.metered(policy, f"{base} sample", total, "responses") as engine:
