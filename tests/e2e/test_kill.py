@@ -57,7 +57,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, lay_out: Callable[..., Path]
     def session(name: str, *flags: str, stage: str | None = None, how: signal.Signals = signal.SIGKILL) -> None:
         """Run; as soon as `stage` has something new on disk, end the process `how`."""
         before = finished_files(told.run)
-        old = len(list(told.run.glob(STAGES[stage]))) if stage else 0
+        old = set(told.run.glob(STAGES[stage])) if stage else set()
         errors = told.folder / "stderr"
         with errors.open("wb") as err:
             process = subprocess.Popen(
@@ -68,7 +68,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, lay_out: Callable[..., Path]
                 stderr=err,
             )
             try:
-                while stage and process.poll() is None and len(list(told.run.glob(STAGES[stage]))) <= old:
+                while stage and process.poll() is None and set(told.run.glob(STAGES[stage])) <= old:
                     time.sleep(0.002)
                 if stage:
                     process.send_signal(how)
@@ -86,7 +86,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, lay_out: Callable[..., Path]
     session("refine", "--resume", stage="refine")
     session("train", "--resume", stage="train")
     torn = told.run / "iteration-1/6-train/checkpoints/checkpoint-99"
-    assert torn.parent.is_dir(), (told.sessions["train"].code, told.sessions["train"].err)
+    assert torn.parent.is_dir(), {name: (s.code, s.err, sorted(map(str, s.after))) for name, s in told.sessions.items()}
     torn.mkdir()
     (torn / "trainer_state.json").write_bytes(b"")  # opened, not written yet
     session("end", "--resume")
