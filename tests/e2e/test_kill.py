@@ -66,6 +66,8 @@ def story(tmp_path_factory: pytest.TempPathFactory, lay_out: Callable[..., Path]
                 env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=err,
+                # a job in the background of a shell starts with Ctrl-C ignored, and its children with it
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
             try:
                 while stage and process.poll() is None and set(told.run.glob(STAGES[stage])) <= old:
