@@ -23,11 +23,5 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def word_ngrams(text: str, n: int = 3) -> set[tuple[str, ...]]:
-    """The set of word n-grams; of a text shorter than n words, the one shorter n-gram."""
-    w = words(text)
-    return {tuple(w[i : i + n]) for i in range(max(1, len(w) - n + 1))} if w else set()
-
-
 def shorten(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -338,22 +338,15 @@ def test_damaged_weights_are_refused(lay_out, spalign, tiny_model, tmp_path):
     assert "fix: " in done.err
 
 
-def test_a_run_folder_with_a_damaged_configuration_is_refused(small, spalign, tmp_path):
+@pytest.mark.parametrize(("file", "damaged"), [("config.yaml", "a: [b\n"), ("iteration-1/3-refine/manifest.json", '{"digest": "')])
+def test_a_run_folder_with_a_damaged_file_is_refused(small, spalign, tmp_path, file, damaged):
     folder = Path(shutil.copytree(small, tmp_path / "here"))
-    (folder / "runs/tiny/config.yaml").write_text("a: [b\n")
+    (folder / "runs/tiny" / file).write_text(damaged)
     done = spalign(folder, "run", "run.yaml")
     assert done.code == 2
-    assert "config.yaml: cannot be read" in done.err
-    assert "--fresh" in done.err
-
-
-def test_a_damaged_manifest_is_refused(small, spalign, tmp_path):
-    folder = Path(shutil.copytree(small, tmp_path / "here"))
-    (folder / "runs/tiny/iteration-1/3-refine/manifest.json").write_text('{"digest": "')
-    done = spalign(folder, "run", "run.yaml")
-    assert done.code == 2
-    assert "3-refine/manifest.json: cannot be read" in done.err
+    assert f"{file}: cannot be read" in done.err
     assert "fix: " in done.err
+    assert "--fresh" in done.err
 
 
 @pytest.mark.parametrize("flag", [(), ("--fresh",)])

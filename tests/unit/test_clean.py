@@ -70,6 +70,10 @@ def test_wrapping_quotes_go(text: str, left: str) -> None:
         "I have revised these.",
         "It has a score of 9/10.",
         "It would get scores of 8.5 out of 10.",
+        "It scores 9 / 10.",
+        "This version scores 9 out of 10.",
+        "The second response has a helpfulness score of 8/10.",
+        "This is the best answer, with a score of 9/10.",
     ],
 )
 def test_talk_about_the_candidates_goes_sentence_by_sentence(talk: str) -> None:
@@ -99,6 +103,14 @@ def test_talk_about_the_candidates_goes_sentence_by_sentence(talk: str) -> None:
         "Draft b or draft c of the bill may pass.",
         "The answer to your question is no.",
         "Scores of people recover.",
+        # scores that are the user's, not a candidate's
+        "A pain score of 7 out of 10 needs a doctor today.",
+        "Your baby has an Apgar score of 7/10, which is fine.",
+        "It has a pain score of 7 out of 10.",
+        "If it has a score of 7 out of 10 or more, call 112.",
+        "Add up your answers: they give a score of 12 out of 27.",
+        "Your answers have a score of 4 out of 10.",
+        "A driving score of 9/10 lowers the price.",
         "Other answers may exist; see a doctor.",
         # the model's own spacing
         "1. Rest.  Then drink.\n   - water\n\n\n\n2. Sleep.\tWell.",

@@ -30,13 +30,21 @@ def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: 
                 print_funnel(funnel, run.ui.console)
             raise NothingToTrainOn("no preference pair is left, so nothing is trained", hint=advice(funnel))
         progress = stage.begin()
-        policy.free()  # the trainer loads the weights in float32
         began = time.perf_counter()
+
+        def seconds() -> float:
+            return round(float(progress["seconds"]) + time.perf_counter() - began, 3)
+
+        def saved() -> None:
+            stage.note(seconds=seconds(), tokens=0)
+
         with clear_errors(stage.folder):
-            facts = _train(run, base, policy, list(paired.rows()), prompts, stage.folder)
-        manifest = stage.finish(seconds=round(progress["seconds"] + time.perf_counter() - began, 3), **facts)
-        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
-        return manifest
+            facts = (read_json(stage.folder / "log.json") or {}).get("result")  # written last: training is over, only the rest is missing
+            if facts is None:
+                policy.free()  # the trainer loads the weights in float32
+                facts = _train(run, base, policy, list(paired.rows()), prompts, stage.folder, saved)
+            shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+        return stage.finish(seconds=seconds(), **facts)
 
     return Step("train", stage, do)
 
@@ -60,7 +68,16 @@ def advice(funnel: dict[str, Any]) -> str:
     return f"{dropped[worst]} of {funnel['prompts']} prompts left as '{worst}': {fixes[worst]}"
 
 
-def _train(run: Context, base: str, policy: Policy, rows: list[dict[str, Any]], prompts: Sequence[Prompt], folder: Path) -> dict[str, Any]:
+def _train(
+    run: Context,
+    base: str,
+    policy: Policy,
+    rows: list[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    folder: Path,
+    saved: Callable[[], None],
+) -> dict[str, Any]:
+    """Train, hand the model over, and write log.json; what of it goes into the manifest. `saved` is called after every checkpoint."""
     import torch
 
     from spalign.engines.transformers import device_of, fast_bf16, load_model
@@ -99,7 +116,7 @@ def _train(run: Context, base: str, policy: Policy, rows: list[dict[str, Any]], 
         dataloader_pin_memory=device != "cpu",
     )
     trainer = SPATrainer(model, args, rows, tokenizer, peft_config=_lora(run), callbacks=[guard])
-    steps = _fit(trainer, guard, run, base, _last_checkpoint(folder / "checkpoints"))
+    steps = _fit(trainer, guard, run, base, _last_checkpoint(folder / "checkpoints"), saved)
     best = _last_checkpoint(folder / "checkpoints")
     if best is None:
         raise NothingToTrainOn(
@@ -108,26 +125,30 @@ def _train(run: Context, base: str, policy: Policy, rows: list[dict[str, Any]], 
         )
     _hand_over(best, folder, policy, run, tokenizer)
     history = [h for h in trainer.state.log_history if "loss" in h]
-    write_json(folder / "log.json", {"steps": history, "guard": {"before": asdict(before), "probes": guard.history}})
-    kept = int(best.name.removeprefix("checkpoint-"))
-    return {
+    probes = [h for h in trainer.state.log_history if "repetition" in h]
+    result = {
         "model": str(folder / "model"),
         "steps": steps,
-        "steps_kept": kept,
+        "steps_kept": int(best.name.removeprefix("checkpoint-")),
         "collapsed": guard.collapsed,
         "prompts": len(trainer.train_dataset),
         "loss": [history[0]["loss"], history[-1]["loss"]] if history else [],
         "accuracy": [history[0]["pairs/accuracy"], history[-1]["pairs/accuracy"]] if history else [],
     }
+    write_json(folder / "log.json", {"result": result, "steps": history, "guard": {"before": asdict(before), "probes": probes}})
+    return result
 
 
-def _fit(trainer: Any, guard: Any, run: Context, base: str, checkpoint: Path | None) -> int:
+def _fit(trainer: Any, guard: Any, run: Context, base: str, checkpoint: Path | None, saved: Callable[[], None]) -> int:
     """Train to the end or to the guard's stop; the number of steps done."""
     from transformers import PrinterCallback, TrainerCallback
 
     class Ticker(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             tick(1)
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            saved()
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Ticker)

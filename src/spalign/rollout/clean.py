@@ -13,6 +13,11 @@ _PREAMBLE = re.compile(
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
+_RATED = rf"""(?:it|they|this(?:\ one)?|(?:this|that|the|these|those|both|all|each|my)\ (?:\w+\ )?{_ABOUT})
+    (?:\ (?:would|will|also|only))*
+    (?:,?\ (?:has|have|had|gets?|got|receives?|received|deserves?|with)(?:\ (?:an?|the))?
+       (?:\ (?:overall|total|final|high|higher|perfect|harmlessness|helpfulness|honesty|safety))?)?"""
+"""What stands before "score of 9/10" in a comment on a candidate; a pain score of 7/10 is none."""
 _TALK = re.compile(
     rf"""\b(?:
         (?:the|these|those|all|both|previous|other)\s+(?:\w+\s+)?{_ABOUT}\s+(?:above|below|provided|given)
@@ -20,7 +25,7 @@ _TALK = re.compile(
       | (?:this|my|the)\ (?:improved|refined|revised)\ {_ABOUT}
       | (?:better|safer|more\ helpful)\ than\ (?:the\ )?(?:other|previous)\ {_ABOUT}
       | (?:i|i['’]ve|i\ have)\ (?:improved|refined|revised|combined)\ (?:the|these|all)
-      | scores?\ (?:of\ )?\d+(?:\.\d+)?(?:\s*/\s*10|\ out\ of)
+      | (?<!\bif\ )(?<!\bwhen\ ){_RATED}\ scores?(?:\ of)?\ \d+(?:\.\d+)?(?:\s*/\s*|\ out\ of\ )10\b
     )""",
     re.IGNORECASE | re.VERBOSE,
 )

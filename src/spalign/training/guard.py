@@ -38,12 +38,11 @@ class CollapseGuard(TrainerCallback):  # type: ignore[misc]
     """Probes every config.every_steps steps and after the last.
 
     A passing probe saves a checkpoint; a failing one stops training. Nothing else saves one, whatever `save_strategy` says, so every
-    checkpoint is of a policy that passed.
+    checkpoint is of a policy that passed. Probes stand in the trainer's `log_history`, which checkpoints carry over a resume.
     """
 
     def __init__(self, probe: Callable[[Any], Probe], before: Probe, config: GuardConfig) -> None:
         self._probe, self._before, self._config = probe, before, config
-        self.history: list[dict[str, float]] = []
         self.collapsed: str | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
@@ -52,7 +51,7 @@ class CollapseGuard(TrainerCallback):  # type: ignore[misc]
             control.should_save = False
             return control
         now = self._probe(kwargs["model"])
-        self.history.append({"step": state.global_step, **asdict(now)})
+        state.log_history.append({"step": state.global_step, **asdict(now)})
         self.collapsed = collapse(self._before, now, self._config)
         control.should_save = self.collapsed is None
         control.should_training_stop = control.should_training_stop or self.collapsed is not None

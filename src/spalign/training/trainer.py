@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -178,12 +178,3 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         """As transformers', without its pickled copy of the arguments: only safetensors and JSON are left behind."""
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
-
-
-def plain_groups(rows: Sequence[TrainingGroup]) -> list[TrainingGroup]:
-    """The same pairs, each in a group of its own: what pair-by-pair trainers do; for comparison."""
-    return [
-        TrainingGroup(g.prompt, (g.responses[p.chosen], g.responses[p.rejected]), (type(p)(0, 1, p.gap),), g.name)
-        for g in rows
-        for p in g.pairs
-    ]
