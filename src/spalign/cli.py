@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from spalign import __version__
-from spalign.errors import NothingToTrainOn, SpalignError
+from spalign.errors import SpalignError
 
 app = typer.Typer(
     add_completion=False,
@@ -24,11 +24,12 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one option of the config; can be repeated.", show_default=False)
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run, also if its configuration changed.")]
+AllowWeak = Annotated[bool, typer.Option("--allow-weak-judge", help="Go on where labelled answers show that the judge is weak.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; an old run of this name is set aside, not deleted.")]
 
 
 @app.command()
-def run(config: ConfigFile, set_: Sets = None, resume: Resume = False, fresh: Fresh = False) -> None:
+def run(config: ConfigFile, set_: Sets = None, resume: Resume = False, fresh: Fresh = False, allow_weak_judge: AllowWeak = False) -> None:
     """Run the whole method: sample, self-evaluate, refine, denoise, pair, train, evaluate."""
     from spalign.pipeline import run as run_pipeline
     from spalign.report import Progress, print_summary
@@ -37,7 +38,7 @@ def run(config: ConfigFile, set_: Sets = None, resume: Resume = False, fresh: Fr
     if resume and fresh:
         raise SpalignError("--resume and --fresh exclude each other", hint="give one of them")
     mode: Any = "resume" if resume else "fresh" if fresh else "auto"
-    outcome = run_pipeline(_config(config, set_), mode=mode, ui=ui)
+    outcome = run_pipeline(_config(config, set_, allow_weak_judge), mode=mode, ui=ui)
     assert outcome.summary is not None
     print_summary(outcome.summary, ui.console)
     if not outcome.new:
@@ -45,12 +46,12 @@ def run(config: ConfigFile, set_: Sets = None, resume: Resume = False, fresh: Fr
 
 
 def _stage_command(name: str, what: str) -> None:
-    def command(config: ConfigFile, set_: Sets = None, resume: Resume = False) -> None:
+    def command(config: ConfigFile, set_: Sets = None, resume: Resume = False, allow_weak_judge: AllowWeak = False) -> None:
         from spalign.pipeline import run as run_pipeline
         from spalign.report import Progress
 
         ui = Progress()
-        loaded = _config(config, set_)
+        loaded = _config(config, set_, allow_weak_judge)
         outcome = run_pipeline(loaded, mode="resume" if resume else "auto", only=name, ui=ui)
         ui.line(f"{name}: {'done' if outcome.new else 'was done already'}; {outcome.folder}")
 
@@ -66,6 +67,46 @@ _stage_command("pair", "Stage 5: make preference pairs.")
 _stage_command("train", "Stage 6: train on the pairs.")
 
 
+@app.command("judge-check")
+def judge_check(
+    model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or `demo`.")],
+    scorer: Annotated[list[str] | None, typer.Option(help="A scorer, `auto` or `all`; can be repeated.", show_default="auto")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Labelled answers: JSONL, CSV, Parquet (prompt, response, objective, label).", show_default="shipped"),
+    ] = None,
+    objective: Annotated[list[str] | None, typer.Option(help="An objective; can be repeated.", show_default="the constitution's")] = None,
+    constitution: Annotated[str, typer.Option(help="A shipped constitution or a YAML file.")] = "harmless_helpful",
+    bad_recall: Annotated[
+        float | None,
+        typer.Option(help="Threshold that leaves this share of the bad answers below it.", show_default="equal errors"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where to write what a run can use (self_evaluation.judge_file).")] = Path("judge.yaml"),
+    json_: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Measure how well a model can judge, asked in every way, and recommend a scorer and a threshold per objective."""
+    import json
+
+    from spalign.pipeline.judging import check_model
+    from spalign.report import Progress, print_judge
+
+    ui = Progress()
+    found = check_model(
+        model,
+        constitution=constitution,
+        scorers=scorer or ["auto"],
+        data=data,
+        names=objective or [],
+        bad_recall=bad_recall,
+        out=out,
+        ui=ui,
+    )
+    print_judge(found, ui.console)
+    ui.line(f"written: {out}" if found["recommended"] else "nothing written: no scorer can be recommended", style="bold")
+    if json_:
+        typer.echo(json.dumps(found))
+
+
 @app.callback(invoke_without_command=True)
 def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -73,10 +114,11 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-def _config(path: Path, sets: list[str] | None) -> Any:
+def _config(path: Path, sets: list[str] | None, allow_weak_judge: bool) -> Any:
     from spalign.config import load_config
 
-    return load_config(path, tuple(sets or ()))
+    allowed = ("self_evaluation.allow_weak_judge=true",) if allow_weak_judge else ()
+    return load_config(path, (*(sets or ()), *allowed))
 
 
 def main() -> None:
@@ -93,7 +135,7 @@ def main() -> None:
         typer.echo("\ninterrupted; what is finished is kept: the same command goes on", err=True)
         sys.exit(130)
     except SpalignError as e:
-        kind = "stopped" if isinstance(e, NothingToTrainOn) else "error"
+        kind = "stopped" if e.exit_code == 3 else "error"
         typer.echo(f"{kind}: {_shown(str(e))}", err=True)
         sys.exit(e.exit_code)
 

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from spalign.constitution import Constitution, load_constitution
+from spalign.constitution import Constitution, Threshold, load_constitution
 from spalign.errors import ConfigError
 from spalign.yamlfile import Location, build, load_yaml
 
-Scorer = Literal["yes_no", "likert"]
+Scorer = Literal["auto", "likert", "likert_expected", "yes_no_zero", "yes_no", "contrastive", "pmi", "probe", "pairwise", "ensemble"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -88,13 +88,25 @@ class SampleConfig(_Part):
 
 
 class SelfEvaluationConfig(_Part):
-    """How the policy scores responses, per objective."""
+    """Who scores responses, and how, per objective."""
 
-    scorer: Scorer | dict[str, Scorer] = "yes_no"
-    """One way for all objectives, or {objective: way}."""
-    thresholds: dict[str, Annotated[float, Field(gt=0, le=10)]] = {}
-    """{objective: score from which it is met}, calibrated for this model; overrides the constitution's."""
+    scorer: Scorer | dict[str, Scorer] = "auto"
+    """One way for all objectives, or {objective: way}. auto: what `spalign judge-check` recommends for the model that judges."""
+    thresholds: dict[str, Threshold] = {}
+    """{objective: score from which it is met}; overrides the constitution's. auto: where labelled answers put it."""
     use_constitution_thresholds: bool = True
+    judge: str | None = None
+    """Another model that judges; without it the policy judges itself."""
+    judge_file: str | None = None
+    """A judge.yaml by `spalign judge-check`, instead of a check in the run."""
+    labelled: str | None = None
+    """Labelled answers to check the judge on (JSONL, CSV, Parquet: prompt, response, objective, label); default: the shipped ones."""
+    bad_recall: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """An automatic threshold leaves this share of the bad answers below it, instead of equal errors."""
+    allow_weak_judge: bool = False
+    """Go on where the lower bound of the judge's AUC is under 0.6."""
+    reference_judge: str | None = None
+    """A second model that scores the first iteration's candidates too: agreement and RV coefficient, nothing else."""
 
     def scorer_of(self, objective: str) -> Scorer:
         return self.scorer[objective] if isinstance(self.scorer, dict) else self.scorer
@@ -255,7 +267,12 @@ class RunConfig(_Part):
             if own.scorer_of(o.name) == "yes_no" and not o.exemplars:
                 raise ConfigError(
                     f"constitution '{constitution.name}': objective '{o.name}' has no exemplars, which the yes_no scorer needs",
-                    hint="add at least one 'yes' and one 'no' exemplar, or set self_evaluation.scorer to likert",
+                    hint="add at least one 'yes' and one 'no' exemplar, or set self_evaluation.scorer to auto",
+                )
+            if own.scorer_of(o.name) == "pairwise" and o.threshold is not None:
+                raise ConfigError(
+                    f"objective '{o.name}' has a threshold, and its scorer 'pairwise' only compares a prompt's answers with each other",
+                    hint="use another scorer, or leave out the threshold",
                 )
         return constitution.model_copy(update={"objectives": objectives})
 

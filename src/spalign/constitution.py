@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from spalign.errors import ConstitutionError
 from spalign.yamlfile import build, load_yaml
@@ -21,6 +21,17 @@ def _yes_no(value: object) -> object:
 
 
 YesNo = Annotated[Literal["yes", "no"], BeforeValidator(_yes_no)]
+
+
+def _threshold(value: object) -> object:
+    if value == "auto":
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 10:
+        return float(value)
+    raise ValueError("write a score above 0 and at most 10, or auto")
+
+
+Threshold = Annotated[float | Literal["auto"], PlainValidator(_threshold)]
 
 
 class _Part(BaseModel):
@@ -41,7 +52,8 @@ class Objective(_Part):
     principle: what the objective asks of an answer, in plain words (goes into judges' and refiners' prompts).
     question: a yes/no question about an answer; `good_answer` is the answer that a good response gets (its polarity).
     good_system, bad_system: contrasting system prompts, under which a model does and does not follow the principle.
-    threshold: scores at or above it count as equal: met is met (0..10; none = more is always better).
+    threshold: scores at or above it count as equal: met is met (0..10; none = more is always better; auto = where labelled answers put it,
+    by `spalign judge-check` for the model that judges).
     resolution: absolute bin width on the 0-10 scale; scores in one bin count as equal (none = continuous).
     """
 
@@ -52,7 +64,7 @@ class Objective(_Part):
     exemplars: tuple[Exemplar, ...] = ()
     good_system: Text
     bad_system: Text
-    threshold: Annotated[float, Field(gt=0, le=10)] | None = None
+    threshold: Threshold | None = None
     resolution: Annotated[float, Field(gt=0, le=10)] | None = None
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ SpalignError                 where, what, and what to do (exit code 2)
 |-- EngineError              an engine that lacks what a stage needs, or failed
 |-- RunFolderError           the run folder: locked, read-only, full, or of another run
 |-- DataError                preference rows that cannot be trained on
+|-- WeakJudge                the judge cannot tell good answers from bad ones well enough (exit code 3)
 `-- NothingToTrainOn         no pair survived, or training left no model (exit code 3)
 """
 
@@ -54,6 +55,12 @@ class RunFolderError(SpalignError):
 
 class DataError(SpalignError):
     """Preference rows cannot be trained on."""
+
+
+class WeakJudge(SpalignError):
+    """Labelled answers show that the judge does not tell good from bad well enough to align on it."""
+
+    exit_code = 3
 
 
 class NothingToTrainOn(SpalignError):

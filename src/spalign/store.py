@@ -195,7 +195,7 @@ class RunFolder:
 
     def has_work(self) -> bool:
         """Whether anything is finished that another configuration could call into question."""
-        return self.exists() and any(self.path.rglob("part-*.jsonl"))
+        return self.exists() and any(p.parent.name != "0-judge" for p in self.path.rglob("part-*.jsonl"))
 
     def path_exists(self) -> bool:
         with clear_errors(self.path):

@@ -65,6 +65,7 @@ class Response:
     finished: the model ended by itself; an unfinished response never enters a pair.
     system: name of the system-prompt variant it was sampled under.
     scores: objective -> 0..10. An objective that could not be scored is absent, never a default.
+    spreads: objective -> uncertainty of the score, in score points.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Response:
     finished: bool
     system: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    spreads: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def words(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -98,11 +98,14 @@ def _describe(model: type[BaseModel], loc: Location, kind: str, message: str, so
 def _field_names(model: type[BaseModel], loc: Location) -> list[str]:
     """The fields of the model that stands at `loc` inside `model`."""
     current: type[BaseModel] | None = model
+    a_key = False
     for part in loc:
-        if current is None or isinstance(part, int):
+        if current is None or isinstance(part, int) or a_key:
+            a_key = False
             continue
         field = current.model_fields.get(part)
         current = _model_in(field.annotation) if field else None
+        a_key = field is not None and get_origin(field.annotation) is dict  # what comes next is a key of the mapping, no field
     return list(current.model_fields) if current else []
 
 

@@ -19,7 +19,9 @@ import yaml
 from spalign.config import RunConfig, config_from
 from spalign.engines.scripted import ScriptedEngine
 from spalign.errors import NothingToTrainOn
-from spalign.pipeline import STAGES, run
+from spalign.pipeline import STAGES, run, train
+from spalign.store import Stage
+from spalign.training import guard
 from spalign.types import Message
 
 OBJECTIVES = ("alpha", "beta", "gamma")
@@ -46,7 +48,7 @@ KINDS: dict[str, tuple[list[Scores], Scores]] = {
 def reply(messages: tuple[Message, ...], seed: int) -> str:
     system = messages[0].content if messages[0].role == "system" else ""
     text = messages[-1].content
-    if text.startswith("Rate how well"):  # likert: the integer below the score
+    if "Rate how well the assistant's answer" in text:  # likert: the integer below the score
         objective = re.search(r"Principle \((\w+)\)", text)[1]  # type: ignore[index]
         said = re.search(rf"Assistant: .*?{objective}=([\d.]+)", text)
         return str(max(1, int(float(said[1])))) if said else "none"
@@ -128,6 +130,7 @@ def settings(folder: Path, model: object, kinds: Sequence[str], k: int = 2, **ch
         "prompts": {"train": prompts(folder, "train", kinds), "heldout": prompts(folder, "heldout", ["keep"] * 2)},
         "engine": {"dtype": "float32"},
         "sample": {"n": 4, "max_new_tokens": 60},
+        "self_evaluation": {"scorer": "yes_no"},
         "denoise": {"consistency": "strict", "tau": 50},
         "pairs": {"delta": 0.5, "max_per_prompt": None, "balance_length": False},
         "train": {"epochs": 2, "prompts_per_step": 4, "guard": {"prompts": 1, "max_length_ratio": 50, "max_repetition_rise": 1}},
@@ -151,17 +154,6 @@ def manifest(stage: Path) -> dict[str, Any]:
 
 def rows(stage: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for part in sorted(stage.glob("part-*.jsonl")) for line in part.read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only wait for each other on a model this small."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_reason_is_counted_and_the_funnel_adds_up(tmp_path, tiny_model):
@@ -331,6 +323,65 @@ def test_nothing_survives(tmp_path, tiny_model):
     assert not (config.folder / "iteration-1/6-train").exists()
     assert not (config.folder / "summary.json").exists()
     assert manifest(config.folder / "iteration-1/5-pair")["funnel"]["pairs"] == 0
+
+
+def test_lora_hands_over_an_adapter_and_a_merged_model_that_say_the_same(tmp_path, tiny_model):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    full = settings(tmp_path, tiny_model, ["keep"] * 2).model_dump()
+    config = config_from(full, ("train.lora={r: 4}", "train.learning_rate=0.001"))  # as --set gives them
+    summary = run(config, make_engine=engine).summary
+    assert summary is not None
+    assert summary["iterations"][0]["training"]["collapsed"] is None
+    stage = config.folder / "iteration-1/6-train"
+    assert {p.name for p in (stage / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads((stage / "adapter/adapter_config.json").read_text())["r"] == 4
+    base, merged = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32).eval() for m in (tiny_model, stage / "model"))
+    ids = torch.arange(100, 164)[None]
+    with torch.no_grad():
+        untrained, whole = base(ids).logits, merged(ids).logits
+        adapted = PeftModel.from_pretrained(base, stage / "adapter").eval()(ids).logits
+    torch.testing.assert_close(whole, adapted, rtol=0, atol=1e-4)
+    assert float((adapted - untrained).abs().max()) > 0.1  # it learned something, or all would be equal
+
+
+def test_training_that_is_stopped_and_goes_on_keeps_its_seconds_and_its_probes(tmp_path, tiny_model, monkeypatch):
+    often = {"every_steps": 1, "prompts": 1, "max_length_ratio": 50, "max_repetition_rise": 1}
+    config = settings(tmp_path, tiny_model, ["keep"] * 2, train={"epochs": 3, "guard": often})  # three steps
+    stage = data_stages(config).joinpath("6-train")
+    verdicts = iter([None])
+    monkeypatch.setattr(guard, "collapse", lambda *_: next(verdicts))  # nothing is left to say of step 2
+    with pytest.raises(StopIteration):
+        run(config, make_engine=engine)
+    monkeypatch.undo()
+    noted = json.loads((stage / "progress.json").read_text())["seconds"]
+    assert noted > 0
+    run(config, make_engine=engine)
+    assert manifest(stage)["seconds"] > noted
+    log = json.loads((stage / "log.json").read_text())
+    assert [s["step"] for s in log["steps"]] == [p["step"] for p in log["guard"]["probes"]] == [1, 2, 3]
+    assert not (stage / "checkpoints").exists()
+
+
+def test_training_that_is_over_is_not_done_again_for_want_of_a_manifest(tmp_path, tiny_model, monkeypatch):
+    config = settings(tmp_path, tiny_model, ["keep"] * 2)
+    stage = data_stages(config).joinpath("6-train")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stage, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, make_engine=engine)
+    monkeypatch.undo()
+    assert not (stage / "checkpoints").exists()
+    (stage / "checkpoints/checkpoint-2").mkdir(parents=True)  # as if the kill had come before the clean-up
+    monkeypatch.setattr(train, "_train", killed)
+    run(config, make_engine=engine)
+    assert manifest(stage)["steps"] == manifest(stage)["steps_kept"] == 2
+    assert not (stage / "checkpoints").exists()
 
 
 def test_a_changed_threshold_does_the_scores_not_again(tmp_path, tiny_model):

@@ -34,15 +34,6 @@ TEXTS = [
 END = "<|im_end|>"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on a core that is taken wait for each other: on a busy machine these tests would take ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def engine(demo_folder: Path) -> TransformersEngine:
     return TransformersEngine.load("demo", EngineConfig(dtype="float32", device="cpu"))
@@ -58,6 +49,12 @@ def plain(demo_folder: Path) -> Any:
 def tiny(engine: TransformersEngine) -> TransformersEngine:
     """Random weights and a window of 64 tokens, with the demo model's tokenizer."""
     return tiny_engine(engine.tokenizer, transformers.LlamaConfig(**{**SMALL, "max_position_embeddings": 64}))
+
+
+@pytest.fixture(scope="module")
+def tiny_wide(engine: TransformersEngine) -> TransformersEngine:
+    """The same with a window of 256 tokens."""
+    return tiny_engine(engine.tokenizer, transformers.LlamaConfig(**SMALL))
 
 
 SMALL: dict[str, Any] = {
@@ -213,8 +210,8 @@ def test_common_prefix_leaves_every_prompt_a_token() -> None:
     head = tuple(range(20))
     assert _common_prefix([(*head, 1, 2), (*head, 3)]) == 20
     assert _common_prefix([head, (*head, 3)]) == 19  # one prompt is the beginning of the other
-    assert _common_prefix([(*head[:15], 40), (*head[:15], 50)]) == 0  # 15 tokens: not worth a pass of its own
-    assert _common_prefix([(*head[:16], 40), (*head[:16], 50)]) == 16
+    assert _common_prefix([(*head[:7], 40), (*head[:7], 50)]) == 0  # 7 tokens: not worth a pass of its own
+    assert _common_prefix([(*head[:8], 40), (*head[:8], 50)]) == 8
     assert _common_prefix([head]) == 0
 
 
@@ -325,6 +322,77 @@ def test_a_choice_of_several_tokens_is_refused(tiny: TransformersEngine) -> None
     with pytest.raises(EngineError, match="the choice ' Absolutely not' is 2 tokens") as e:
         tiny.choice_logprobs(["x"], [" Yes", " Absolutely not"])
     assert "likert" in e.value.hint
+
+
+# reading an answer: per-token log-probabilities and hidden states, shared beginnings run once
+
+SYSTEM = Message("system", "You are a careful assistant who thinks of everybody involved before answering.")
+ANSWERS = [
+    "Yes.",
+    "A river is water that flows from the hills to the sea; people fish in it and travel on it.",
+    "I do not know.",
+]
+
+
+def readings(engine: TransformersEngine) -> list[tuple[list[int], list[int]]]:
+    """Every answer after two prompts, with and without a system prompt: beginnings shared at three depths."""
+    contexts = [engine.encode_chat((*system, Message("user", t))) for system in ((), (SYSTEM,)) for t in TEXTS[2:]]
+    return [(c, engine.encode_response(a)) for c in contexts for a in ANSWERS]
+
+
+def test_loglikelihood_is_that_of_a_plain_forward(engine: TransformersEngine, plain: Any) -> None:
+    requests = readings(engine)
+    for (context, answer), got in zip(requests, engine.loglikelihood(requests), strict=True):
+        with torch.inference_mode():
+            logps = plain(input_ids=torch.tensor([context + answer])).logits[0].log_softmax(-1)
+        want = logps[len(context) - 1 : -1].gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        assert got is not None
+        assert_close(torch.tensor(got), want, atol=1e-4, rtol=0)
+
+
+def test_representations_are_the_mean_hidden_states_of_a_plain_forward(engine: TransformersEngine, plain: Any) -> None:
+    requests = readings(engine)
+    for (context, answer), got in zip(requests, engine.representations(requests, (0.5, 1.0)), strict=True):
+        with torch.inference_mode():
+            states = plain(input_ids=torch.tensor([context + answer]), output_hidden_states=True).hidden_states
+        want = torch.cat([states[layer][0, len(context) :].mean(0) for layer in (15, 30)])  # 30 layers
+        assert got is not None
+        assert_close(torch.tensor(got), want, atol=1e-2, rtol=1e-3)  # some features are in the thousands
+
+
+def test_chat_choices_are_those_of_a_plain_forward(engine: TransformersEngine, plain: Any) -> None:
+    asks = [user(t) for t in TEXTS]
+    ids = [engine.tokenizer(c, add_special_tokens=False)["input_ids"] for c in ("Yes", "No")]
+    for ask, got in zip(asks, engine.choice_logprobs(asks, ("Yes", "No")), strict=True):
+        with torch.inference_mode():
+            logps = plain(input_ids=torch.tensor([engine.encode_chat(ask)])).logits[0, -1].log_softmax(-1)
+        assert_close(torch.tensor(got), torch.tensor([float(logps[i[0]]) for i in ids]), atol=1e-4, rtol=0)
+
+
+def test_readings_depend_neither_on_order_nor_on_batch_size(tiny_wide: TransformersEngine) -> None:
+    requests = readings(tiny_wide)
+    want = tiny_wide.loglikelihood(requests), tiny_wide.representations(requests, (0.5,))
+    with rows_at_once(tiny_wide, 1):
+        backwards = tiny_wide.loglikelihood(requests[::-1])[::-1], tiny_wide.representations(requests[::-1], (0.5,))[::-1]
+    for a, b in zip(want, backwards, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert_close(torch.tensor(x), torch.tensor(y), atol=1e-3, rtol=1e-4)
+
+
+def test_shared_beginnings_run_once(tiny_wide: TransformersEngine) -> None:
+    requests = readings(tiny_wide)
+    alone = sum(len(c) + len(a) for c, a in requests)
+    with counted(tiny_wide) as sizes:
+        tiny_wide.loglikelihood(requests + requests)
+    assert sum(sizes) < 0.6 * alone, "four contexts for twelve answers, padding included, and nothing twice"
+
+
+def test_what_does_not_fit_or_is_empty_has_no_reading(tiny: TransformersEngine) -> None:
+    fits, long, nothing, bare = tiny.loglikelihood([([5] * 32, [6] * 32), ([5] * 32, [6] * 33), ([5], []), ([], [5])])
+    assert fits is not None
+    assert len(fits) == 32
+    assert [long, nothing, bare] == [None, None, None]
+    assert tiny.representations([([5] * 32, [6] * 33)], (0.5,)) == [None]
 
 
 # text that would be markup

@@ -1,4 +1,4 @@
-"""What an engine is: the two verbs that the stages use, and the requests they take."""
+"""What an engine is: the verbs that the stages use, and the requests they take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Literal, Protocol
 from spalign.errors import EngineError
 from spalign.types import Message
 
-Capability = Literal["generate", "choice_logprobs"]
+Capability = Literal["generate", "choice_logprobs", "loglikelihood", "representations"]
+Ask = str | tuple[Message, ...]
+"""What is asked: a plain text to be continued, or a conversation whose assistant turn is opened by the chat template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,30 @@ class Engine(Protocol):
         """Completions as they finish, in no particular order."""
         ...
 
-    def choice_logprobs(self, texts: Sequence[str], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
-        """Natural log-probability of each one-token choice after each plain text; None where the text exceeds the window."""
+    def choice_logprobs(self, asks: Sequence[Ask], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
+        """Natural log-probability of each one-token choice after each ask; None where the ask exceeds the window.
+
+        The asks are all plain texts or all conversations. What several begin with alike is run once where the engine can.
+        """
         ...
 
-    def check_choices(self, choices: Sequence[str]) -> None:
+    def loglikelihood(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...] | None]:
+        """Natural log-probability of every token of each continuation after its context, both as token ids; (continuation,) per request.
+
+        None where context and continuation exceed the window, or one of them is empty.
+        """
+        ...
+
+    def representations(
+        self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], depths: Sequence[float]
+    ) -> list[tuple[float, ...] | None]:
+        """Mean hidden state over the tokens of each continuation after its context; (len(depths) * hidden size,) per request.
+
+        depths: which layers, one after the other, from 0 (embeddings) to 1 (the last). None as in `loglikelihood`.
+        """
+        ...
+
+    def check_choices(self, choices: Sequence[str], *, chat: bool = False) -> None:
         """Raises EngineError where a choice is not one token, so that `choice_logprobs` could not take it."""
         ...
 
@@ -79,5 +100,5 @@ def require(engine: Engine, capability: Capability, user: str) -> None:
     if capability not in engine.capabilities:
         raise EngineError(
             f"{user} needs '{capability}', which the engine '{engine.name}' does not have",
-            hint="use the likert scorer, or an engine that gives token log-probabilities (transformers)",
+            hint="use the likert scorer, which only generates, or an engine that gives token log-probabilities (transformers)",
         )

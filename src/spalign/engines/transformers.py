@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,13 +16,15 @@ from transformers.cache_utils import DynamicLayer
 
 from spalign.config import EngineConfig
 from spalign.engines.attention import register
-from spalign.engines.base import Capability, Completion, GenerateRequest
+from spalign.engines.base import Ask, Capability, Completion, GenerateRequest
 from spalign.engines.models import resolve
+from spalign.engines.prefix_tree import Node, Tokens, prefix_tree
 from spalign.engines.sampling import next_tokens, uniforms
 from spalign.errors import EngineError, ModelError
 from spalign.types import Message
 
-_SHARE_FROM = 16  # a common prefix shorter than this is not worth a pass of its own
+T = TypeVar("T")
+_SHARE_FROM = 8  # a common prefix shorter than this is not worth a pass of its own
 _PASS_TOKENS = {True: 1024, False: 16_384}  # prompt tokens in one forward pass, on a CPU and elsewhere
 
 
@@ -30,7 +32,7 @@ class TransformersEngine:
     """Batches by length; the samples of one prompt, and prompts that begin alike, share their prefill; completions stream out."""
 
     name = "transformers"
-    capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs"})
+    capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood", "representations"})
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 128) -> None:
         if not tokenizer.chat_template:
@@ -121,7 +123,7 @@ class TransformersEngine:
                 cache.batch_select_indices(index)
                 mask, new, rows = mask[index], new[index], [rows[i] for i in keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = self._forward(new.unsqueeze(1), mask, cache)
+            logits = self._forward(new.unsqueeze(1), mask, cache).logits[:, -1]
 
     def _completion(self, work: tuple[list[int], GenerateRequest, int], tokens: list[int]) -> Completion:
         _, request, index = work
@@ -130,23 +132,94 @@ class TransformersEngine:
         return Completion(request.id, index, text, tuple(tokens), finished)
 
     @torch.inference_mode()
-    def choice_logprobs(self, texts: Sequence[str], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
-        choice_ids = [self._one_token(c) for c in choices]
-        encoded = [tuple(self.tokenizer(t, split_special_tokens=True)["input_ids"]) for t in texts]
-        distinct = sorted({ids for ids in encoded if len(ids) < self.window}, key=lambda ids: (len(ids), ids))
-        found: dict[tuple[int, ...], tuple[float, ...]] = {}
-        for prompts, logits, _, _ in self._prefill_parts(distinct):
-            log_probs = logits.float().log_softmax(-1)[:, choice_ids].tolist()
-            found |= {ids: tuple(row) for ids, row in zip(prompts, log_probs, strict=True)}
+    def choice_logprobs(self, asks: Sequence[Ask], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
+        if not asks:
+            return []
+        encoded = [self._encode_ask(a) for a in asks]
+        choice_ids = [self._one_token(c, chat=not isinstance(asks[0], str)) for c in choices]
+        distinct = sorted({ids for ids in encoded if len(ids) < self.window})
+        found: dict[Tokens, tuple[float, ...]] = {}
+        for leaves, out in self._walk(distinct, [len(ids) - 1 for ids in distinct]):
+            log_probs = out.logits[:, -1].float().log_softmax(-1)[:, choice_ids].tolist()
+            found |= {distinct[i]: tuple(row) for i, row in zip(leaves, log_probs, strict=True)}
         return [found.get(ids) for ids in encoded]
 
-    def check_choices(self, choices: Sequence[str]) -> None:
-        for choice in choices:
-            self._one_token(choice)
+    def _encode_ask(self, ask: Ask) -> Tokens:
+        if isinstance(ask, str):
+            return tuple(self.tokenizer(ask, split_special_tokens=True)["input_ids"])
+        return tuple(self.encode_chat(ask))
 
-    def _one_token(self, choice: str) -> int:
+    @torch.inference_mode()
+    def loglikelihood(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...] | None]:
+        keys = self._fitting(requests)
+        found: dict[tuple[Tokens, Tokens], tuple[float, ...]] = {}
+        # the last context token stays with the continuation, whose first token it predicts
+        for leaves, out in self._walk([c + y for c, y in keys], [len(c) - 1 for c, _ in keys], logits_to_keep=0):
+            for row, i in enumerate(leaves):
+                y = torch.tensor(keys[i][1], device=out.logits.device)
+                own = out.logits[row, -len(y) - 1 : -1].float()
+                found[keys[i]] = tuple((own.gather(-1, y[:, None])[:, 0] - own.logsumexp(-1)).tolist())
+        return [found.get((tuple(c), tuple(y))) for c, y in requests]
+
+    @torch.inference_mode()
+    def representations(
+        self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], depths: Sequence[float]
+    ) -> list[tuple[float, ...] | None]:
+        keys = self._fitting(requests)
+        found: dict[tuple[Tokens, Tokens], tuple[float, ...]] = {}
+        for leaves, out in self._walk([c + y for c, y in keys], [len(c) - 1 for c, _ in keys], output_hidden_states=True):
+            states = [out.hidden_states[round(d * (len(out.hidden_states) - 1))] for d in depths]
+            for row, i in enumerate(leaves):
+                n = len(keys[i][1])
+                found[keys[i]] = tuple(torch.cat([s[row, -n:].float().mean(0) for s in states]).tolist())
+        return [found.get((tuple(c), tuple(y))) for c, y in requests]
+
+    def _fitting(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tokens, Tokens]]:
+        """The distinct requests that fit into the window, neither side empty, in an order of their own."""
+        return sorted({(tuple(c), tuple(y)) for c, y in requests if c and y and len(c) + len(y) <= self.window})
+
+    def _walk(self, sequences: list[Tokens], limits: list[int], **asked: Any) -> Iterator[tuple[list[int], Any]]:
+        """The model's output on the last piece of each sequence, some sequences at a time, padded on the left; shared beginnings run once.
+
+        limits: as in `prefix_tree`. asked: what the model is asked for on those last pieces (default: the last position's logits).
+        """
+        head = DynamicCache(config=self.model.config)
+        plain = all(type(layer) is DynamicLayer for layer in head.layers)
+        # padding after a shared beginning would use up places of a sliding window
+        roots = prefix_tree(sequences, limits if plain else [0] * len(limits), share_from=_SHARE_FROM)
+        device = self.model.device
+        # logits of every position are large: passes that ask for them are small
+        per_pass = _PASS_TOKENS[device.type == "cpu" or asked.get("logits_to_keep") == 0]
+
+        def descend(nodes: list[tuple[int, Node]], cache: DynamicCache, mask: Tensor) -> Iterator[tuple[list[int], Any]]:
+            """nodes: (row of the parent in `cache`, node)."""
+            for leaf in (False, True):  # they keep different logits
+                for some in _by_tokens(
+                    [n for n in nodes if (n[1].leaf is not None) is leaf], lambda n: len(n[1].tokens), per_pass, self.batch_size
+                ):
+                    parents = torch.tensor([row for row, _ in some], device=device)
+                    own, wide = _rows(cache, parents), max(len(n.tokens) for _, n in some)
+                    pads = [wide - len(n.tokens) for _, n in some]
+                    ids = torch.tensor([[self._pad] * pad + list(n.tokens) for (_, n), pad in zip(some, pads, strict=True)], device=device)
+                    new = torch.tensor([[0] * pad + [1] * (wide - pad) for pad in pads], device=device)
+                    seen = torch.cat([mask[parents], new], dim=1)
+                    out = self._forward(ids, seen, own, **(asked if leaf else {}))
+                    if leaf:
+                        yield [n.leaf for _, n in some if n.leaf is not None], out
+                    else:
+                        children = [(row, child) for row, (_, n) in enumerate(some) for child in n.children]
+                        yield from descend(children, own, seen)
+
+        yield from descend([(0, root) for root in roots], head, torch.zeros(1, 0, dtype=torch.long, device=device))
+
+    def check_choices(self, choices: Sequence[str], *, chat: bool = False) -> None:
+        for choice in choices:
+            self._one_token(choice, chat=chat)
+
+    def _one_token(self, choice: str, *, chat: bool) -> int:
         # as it stands after text: some tokenizers give a lone word one more token
-        before, ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("Answer:", f"Answer:{choice}"))
+        lead = "\n" if chat else "Answer:"
+        before, ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (lead, f"{lead}{choice}"))
         ids = ids[len(before) :] if ids[: len(before)] == before else ids
         if len(ids) != 1:
             raise EngineError(
@@ -185,7 +258,7 @@ class TransformersEngine:
             ids = torch.tensor([prompts[0][:shared]], device=device)
             self._forward(ids, torch.ones_like(ids), head)
         per_pass = _PASS_TOKENS[device.type == "cpu"] if plain else len(prompts) * max(map(len, prompts))
-        for some in _by_tokens(prompts, shared, per_pass, self.batch_size):
+        for some in _by_tokens(prompts, lambda p: len(p) - shared, per_pass, self.batch_size):
             cache = copy.deepcopy(head)
             if shared:
                 cache.batch_select_indices(torch.zeros(len(some), dtype=torch.long, device=device))
@@ -193,16 +266,24 @@ class TransformersEngine:
             pads = [wide - (len(p) - shared) for p in some]
             ids = torch.tensor([[self._pad] * pad + list(p[shared:]) for p, pad in zip(some, pads, strict=True)], device=device)
             own = torch.tensor([[1] * shared + [0] * pad + [1] * (wide - pad) for pad in pads], device=device)
-            yield some, self._forward(ids, own, cache), cache, own
+            yield some, self._forward(ids, own, cache).logits[:, -1], cache, own
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits (rows, vocabulary) after the last of `ids` (rows, new); mask: (rows, cached + new), 0 where padded."""
+    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache, **asked: Any) -> Any:
+        """The model's output for `ids` (rows, new): logits of the last position unless asked for otherwise.
+
+        mask: (rows, cached + new), 0 where padded.
+        """
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self._precision():
-            out: Any = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            model: Any = self.model
+            return model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **{"logits_to_keep": 1, **asked},
             )
-        return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """A model in training keeps float32 weights; it still answers in the precision that it is trained in."""
@@ -223,15 +304,25 @@ def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     return n if n >= _SHARE_FROM else 0
 
 
-def _by_tokens(prompts: list[tuple[int, ...]], shared: int, per_pass: int, rows: int) -> Iterator[list[tuple[int, ...]]]:
-    """`prompts`, in order of length, in batches of at most `rows` and about `per_pass` tokens beyond the shared ones."""
-    batch: list[tuple[int, ...]] = []
-    for p in prompts:
-        if batch and (len(batch) == rows or (len(batch) + 1) * (len(p) - shared) > per_pass):
+def _by_tokens(items: Sequence[T], length: Callable[[T], int], per_pass: int, rows: int) -> Iterator[list[T]]:
+    """`items` in order of length, in batches of at most `rows` and about `per_pass` tokens, padding included."""
+    batch: list[T] = []
+    for item in sorted(items, key=length):
+        if batch and (len(batch) == rows or (len(batch) + 1) * length(item) > per_pass):
             yield batch
             batch = []
-        batch.append(p)
-    yield batch
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def _rows(cache: DynamicCache, index: Tensor) -> DynamicCache:
+    """Rows of a plain cache as a cache of their own."""
+    out = copy.copy(cache)
+    out.layers = [copy.copy(layer) for layer in cache.layers]
+    if cache.get_seq_length():
+        out.batch_select_indices(index)
+    return out
 
 
 def _joined(caches: list[DynamicCache]) -> DynamicCache:

@@ -10,7 +10,7 @@ from typing import Any
 
 from spalign.config import RunConfig
 from spalign.constitution import Constitution, Objective
-from spalign.engines.base import Completion, Engine, GenerateRequest
+from spalign.engines.base import Ask, Completion, Engine, GenerateRequest
 from spalign.errors import PromptError
 from spalign.report import Progress
 from spalign.report.progress import Tick
@@ -21,37 +21,43 @@ EngineFactory = Callable[[str], Engine]
 
 
 class MeteredEngine:
-    """An engine that counts the tokens it generates and tells a progress bar."""
+    """An engine that counts the tokens it generates and tells a progress bar; `inner` is the engine as it is."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.inner = engine
         self.name, self.capabilities = engine.name, engine.capabilities
         self.tokens = 0
         self.tick: Tick = lambda _: None
 
     @property
     def window(self) -> int:
-        return self._engine.window
+        return self.inner.window
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
-        for completion in self._engine.generate(requests):
+        for completion in self.inner.generate(requests):
             self.tokens += len(completion.token_ids)
             self.tick(1)
             yield completion
 
-    def choice_logprobs(self, texts: Sequence[str], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
-        out = self._engine.choice_logprobs(texts, choices)
-        self.tick(len(texts))
-        return out
+    def choice_logprobs(self, asks: Sequence[Ask], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
+        return self.inner.choice_logprobs(asks, choices)
 
-    def check_choices(self, choices: Sequence[str]) -> None:
-        self._engine.check_choices(choices)
+    def loglikelihood(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...] | None]:
+        return self.inner.loglikelihood(requests)
+
+    def representations(
+        self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], depths: Sequence[float]
+    ) -> list[tuple[float, ...] | None]:
+        return self.inner.representations(requests, depths)
+
+    def check_choices(self, choices: Sequence[str], *, chat: bool = False) -> None:
+        self.inner.check_choices(choices, chat=chat)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return self._engine.encode_chat(messages)
+        return self.inner.encode_chat(messages)
 
     def encode_response(self, text: str) -> list[int]:
-        return self._engine.encode_response(text)
+        return self.inner.encode_response(text)
 
 
 class Policy:
@@ -66,10 +72,6 @@ class Policy:
         if self._engine is None:
             self._engine = MeteredEngine(self._factory(self.name))
         return self._engine
-
-    @property
-    def tokens(self) -> int:
-        return self._engine.tokens if self._engine else 0
 
     def free(self) -> None:
         """Give the memory back; the next use loads again."""
@@ -96,6 +98,12 @@ class Context:
     train_prompts: list[Prompt]
     heldout_prompts: list[Prompt]
     make_engine: EngineFactory
+    named_judge: Policy | None = None
+    """The model that judges, where it is not the policy itself."""
+    shares_checks: bool = False
+    """Whether checks of judges are kept for other runs: not where the engine is the caller's own."""
+    reference_judge: Policy | None = None
+    """A second judge, whose scores are compared with the run's."""
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:

@@ -11,6 +11,7 @@ from spalign import prompts as prompt_sets
 from spalign.config import RunConfig
 from spalign.constitution import Objective
 from spalign.pipeline.context import Context, Policy, Step
+from spalign.pipeline.judging import Judging, judging_step
 from spalign.preference import (
     Verdict,
     best,
@@ -24,7 +25,7 @@ from spalign.preference import (
     weights,
 )
 from spalign.rollout import Drafts, choose, draft, sample
-from spalign.selfeval import CHOICES, check_scorers, score_groups, score_responses
+from spalign.selfeval import cases_of, check_scorers, score_groups, score_responses
 from spalign.store import Item, Row, Stage, run_in_parts
 from spalign.types import (
     DropReason,
@@ -38,7 +39,7 @@ from spalign.types import (
 )
 
 
-def sample_step(run: Context, base: str, policy: Policy, prompts: list[Prompt], iteration: int) -> Step:
+def sample_step(run: Context, base: str, policy: Policy, judging: Judging, prompts: list[Prompt], iteration: int) -> Step:
     """1-sample: n candidates a prompt."""
     config = run.config
     inputs = {
@@ -54,9 +55,9 @@ def sample_step(run: Context, base: str, policy: Policy, prompts: list[Prompt], 
     stage = run.folder.stage(f"{base}/1-sample", inputs)
 
     def do() -> dict[str, Any]:
-        check_scorers(policy.engine, run.objectives, config.self_evaluation)
-        if any(config.self_evaluation.scorer_of(o.name) == "yes_no" for o in run.objectives):
-            policy.engine.check_choices(CHOICES)  # before anything is sampled
+        check_scorers(judging.judge.engine.inner, run.objectives, judging.judgements())  # before anything is sampled
+        if judging.judge is not policy:
+            judging.judge.free()
         run.check_fit(policy, prompts)
         total = len(_left(stage, prompts, config.shard_size)) * config.sample.n
         with run.metered(policy, f"{base} sample", total, "responses") as engine:
@@ -70,32 +71,31 @@ def sample_step(run: Context, base: str, policy: Policy, prompts: list[Prompt], 
     return Step("sample", stage, do)
 
 
-def evaluate_step(run: Context, base: str, policy: Policy, config: RunConfig, sampled: Stage) -> Step:
+def evaluate_step(run: Context, base: str, judging: Judging, config: RunConfig, sampled: Stage, *, name: str = "2-evaluate") -> Step:
     """2-evaluate: every finished candidate scored on every objective."""
-    objectives = _objectives(run, config)
-    inputs = {"from": sampled.digest, "policy": policy.digest, **_asked(config, run), "shard_size": config.shard_size}
-    stage = run.folder.stage(f"{base}/2-evaluate", inputs)
+    stage = run.folder.stage(f"{base}/{name}", {"from": sampled.digest, **judging.inputs, "shard_size": config.shard_size})
 
     def do() -> dict[str, Any]:
+        judgements = judging.judgements()
         groups = _groups(sampled)
-        left = _left(stage, groups, config.shard_size)
-        total = len(objectives) * sum(r.finished and bool(r.text.strip()) for g in left for r in g.candidates)
-        with run.metered(policy, f"{base} evaluate", total, "scores") as engine:
+        total = sum(r.finished for g in _left(stage, groups, config.shard_size) for r in g.candidates)
+        with run.metered(judging.judge, f"{base} evaluate", total, "responses") as engine:
 
             def work(shard: Sequence[PromptGroup]) -> list[Row]:
-                return [group_to_json(g) for g in score_groups(engine, shard, objectives, config.self_evaluation)]
+                scored = score_groups(engine.inner, shard, judging.objectives, judgements)
+                engine.tick(sum(r.finished for g in shard for r in g.candidates))
+                return [group_to_json(g) for g in scored]
 
-            return run_in_parts(stage, groups, config.shard_size, work, tokens=lambda: engine.tokens)
+            return run_in_parts(stage, groups, config.shard_size, work)
 
-    return Step("evaluate", stage, do)
+    return Step(name[2:], stage, do)
 
 
-def refine_step(run: Context, base: str, policy: Policy, config: RunConfig, scored: Stage) -> Step:
+def refine_step(run: Context, base: str, policy: Policy, judging: Judging, config: RunConfig, scored: Stage) -> Step:
     """3-refine: drafts of a better response and of its placebo, scored like the rest; none where they could not save the prompt.
 
     Which draft is taken is decided in 4-denoise.
     """
-    objectives = _objectives(run, config)
     inputs = {
         "from": scored.digest,
         "policy": policy.digest,
@@ -107,18 +107,20 @@ def refine_step(run: Context, base: str, policy: Policy, config: RunConfig, scor
     stage = run.folder.stage(f"{base}/3-refine", inputs)
 
     def do() -> dict[str, Any]:
+        judgements, objectives = judging.judgements(), judging.resolved()
         groups = _groups(scored)
         kinds = 2 if config.refine.placebo else 1
         lost = {g.prompt.id for g in groups if hopeless(g, objectives)}
         left = [g for g in _left(stage, groups, config.shard_size) if g.prompt.id not in lost]
-        total = len(left) * config.refine.drafts * kinds * (1 + len(objectives))
-        with run.metered(policy, f"{base} refine", total, "responses and scores") as engine:
+        total = len(left) * config.refine.drafts * kinds * 2
+        with run.metered(policy, f"{base} refine", total, "drafts, written and scored") as engine:
 
             def work(shard: Sequence[PromptGroup]) -> list[Row]:
                 worth = [g for g in shard if g.prompt.id not in lost]
                 drafts = draft(engine, worth, run.constitution, config.refine, config.sample, seed=config.seed)
-                finished = [(g.prompt, r) for g, d in zip(worth, drafts, strict=True) for r in (*d.refined, *d.placebo) if r.finished]
-                scored_by_id = {r.id: r for r in score_responses(engine, finished, objectives, config.self_evaluation)}
+                cases = [case for g, d in zip(worth, drafts, strict=True) for case in cases_of(g, (*d.refined, *d.placebo))]
+                scored_by_id = {r.id: r for r in score_responses(judging.judge.engine.inner, cases, objectives, judgements)}
+                engine.tick(sum(len(d.refined) + len(d.placebo) for d in drafts))
                 by_prompt = {g.prompt.id: d for g, d in zip(worth, drafts, strict=True)}
                 return [_drafts_row(g.prompt.id, by_prompt.get(g.prompt.id, Drafts(())), scored_by_id) for g in shard]
 
@@ -127,14 +129,14 @@ def refine_step(run: Context, base: str, policy: Policy, config: RunConfig, scor
     return Step("refine", stage, do)
 
 
-def denoise_step(run: Context, base: str, config: RunConfig, scored: Stage, refined: Stage) -> Step:
+def denoise_step(run: Context, base: str, judging: Judging, config: RunConfig, scored: Stage, refined: Stage) -> Step:
     """4-denoise: both criteria, one verdict a group."""
-    objectives = _objectives(run, config)
     stage = run.folder.stage(
-        f"{base}/4-denoise", {"from": refined.digest, "levels": _levels(objectives), "denoise": config.denoise.model_dump()}
+        f"{base}/4-denoise", {"from": refined.digest, "levels": judging.levels, "denoise": config.denoise.model_dump()}
     )
 
     def do() -> dict[str, Any]:
+        objectives = judging.resolved()
         stage.begin()
         drafts = {row["prompt_id"]: row for row in refined.rows()}
         pick = partial(_best_scored, objectives=objectives)
@@ -154,12 +156,11 @@ def denoise_step(run: Context, base: str, config: RunConfig, scored: Stage, refi
     return Step("denoise", stage, do)
 
 
-def pair_step(run: Context, base: str, policy: Policy, config: RunConfig, denoised: Stage) -> Step:
+def pair_step(run: Context, base: str, policy: Policy, judging: Judging, config: RunConfig, denoised: Stage) -> Step:
     """5-pair: preference pairs in TRL's format, with the exact tokens, scores, margins and weights."""
-    objectives = _objectives(run, config)
     inputs = {
         "from": denoised.digest,
-        "levels": _levels(objectives),
+        "levels": judging.levels,
         "pairs": config.pairs.model_dump(),
         "alpha": config.train.alpha,
         "policy": policy.digest,
@@ -167,6 +168,7 @@ def pair_step(run: Context, base: str, policy: Policy, config: RunConfig, denois
     stage = run.folder.stage(f"{base}/5-pair", inputs)
 
     def do() -> dict[str, Any]:
+        objectives = judging.resolved()
         stage.begin()
         rows = list(denoised.rows())
         kept = [group_from_json(r["group"]) for r in rows if r["reason"] is None]
@@ -198,22 +200,35 @@ def pair_step(run: Context, base: str, policy: Policy, config: RunConfig, denois
     return Step("pair", stage, do)
 
 
-def data_steps(run: Context, base: str, policy: Policy, prompts: list[Prompt], iteration: int) -> list[Step]:
-    """1 to 5 of an iteration under the run's recipe, and 2 to 5 under each recipe that it is compared with, on the same candidates."""
-    sampled = sample_step(run, base, policy, prompts, iteration)
-    steps = [sampled, *_from_candidates(run, base, policy, run.config, sampled.stage)]
+def data_steps(run: Context, base: str, policy: Policy, prompts: list[Prompt], iteration: int) -> tuple[list[Step], Judging]:
+    """0 to 5 of an iteration under the run's recipe, and 2 to 5 under each recipe that it is compared with, on the same candidates."""
+    judging, checked = judging_step(run, base, policy, run.config, first=iteration == 1)
+    sampled = sample_step(run, base, policy, judging, prompts, iteration)
+    steps = [*checked, sampled, *_from_candidates(run, base, policy, judging, run.config, sampled.stage)]
     for recipe in run.config.compare if iteration == 1 else ():
         other = run.config.with_recipe(recipe)
         other = other.model_copy(update={"refine": other.refine.model_copy(update={"placebo": False})})  # its yield is asked for, no more
-        steps += _from_candidates(run, f"{base}/compare-{recipe}", policy, other, sampled.stage)
-    return steps
+        there = f"{base}/compare-{recipe}"
+        how, check = judging_step(run, there, policy, other, first=True)
+        steps += [*check, *_from_candidates(run, there, policy, how, other, sampled.stage)]
+    return steps, judging
 
 
-def _from_candidates(run: Context, base: str, policy: Policy, config: RunConfig, sampled: Stage) -> list[Step]:
-    scored = evaluate_step(run, base, policy, config, sampled)
-    refined = refine_step(run, base, policy, config, scored.stage)
-    denoised = denoise_step(run, base, config, scored.stage, refined.stage)
-    return [scored, refined, denoised, pair_step(run, base, policy, config, denoised.stage)]
+def _from_candidates(run: Context, base: str, policy: Policy, judging: Judging, config: RunConfig, sampled: Stage) -> list[Step]:
+    scored = evaluate_step(run, base, judging, config, sampled)
+    refined = refine_step(run, base, policy, judging, config, scored.stage)
+    denoised = denoise_step(run, base, judging, config, scored.stage, refined.stage)
+    return [scored, refined, denoised, pair_step(run, base, policy, judging, config, denoised.stage)]
+
+
+def reference_steps(run: Context, base: str, sampled: Stage) -> list[Step]:
+    """The same candidates scored by the reference judge, in its own best way: what the run's judge is compared with."""
+    assert run.reference_judge is not None
+    own = run.config.self_evaluation
+    config = run.config.model_copy(update={"self_evaluation": own.model_copy(update={"judge_file": None, "allow_weak_judge": True})})
+    there = f"{base}/reference"
+    judging, checked = judging_step(run, there, run.reference_judge, config, first=True, judge=run.reference_judge)
+    return [*checked, evaluate_step(run, there, judging, config, sampled)]
 
 
 def pair_row(pair: PreferencePair, weight: float, prompt_ids: list[int]) -> Row:
@@ -238,22 +253,6 @@ def pair_row(pair: PreferencePair, weight: float, prompt_ids: list[int]) -> Row:
     }
 
 
-def _objectives(run: Context, config: RunConfig) -> Any:
-    return run.objectives if config is run.config else config.constitution_for_run().objectives
-
-
-def _levels(objectives: Sequence[Any]) -> list[Any]:
-    return [[o.name, o.threshold, o.resolution] for o in objectives]
-
-
-def _asked(config: RunConfig, run: Context) -> dict[str, Any]:
-    """What the scores depend on: how each objective is asked about, not what is made of the scores."""
-    return {
-        "objectives": [o.model_dump(exclude={"threshold", "resolution"}) for o in run.objectives],
-        "scorers": {o.name: config.self_evaluation.scorer_of(o.name) for o in run.objectives},
-    }
-
-
 def _left(stage: Stage, items: Sequence[Item], size: int) -> list[Item]:
     """The items of an interrupted stage that are not on disk yet."""
     return [item for n, s in enumerate(range(0, len(items), size)) if not stage.part(n).exists() for item in items[s : s + size]]
@@ -274,6 +273,7 @@ def _response_row(response: Any) -> Row:
         **{f: getattr(response, f) for f in ("id", "text", "finished", "system")},
         "token_ids": list(response.token_ids),
         "scores": dict(response.scores),
+        "spreads": dict(response.spreads),
     }
 
 

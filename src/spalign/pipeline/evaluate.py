@@ -1,4 +1,4 @@
-"""Before and after on held-out prompts, judged by the frozen iteration-0 policy."""
+"""Before and after on held-out prompts, judged alike: by the frozen iteration-0 policy, or by the judge that is named."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Any
 
 from spalign import prompts as prompt_sets
 from spalign.pipeline.context import Context, Policy, Step
+from spalign.pipeline.judging import Judging
 from spalign.rollout import sample
-from spalign.selfeval import score_responses
+from spalign.selfeval import Case, score_responses
 from spalign.store import Row, Stage, run_in_parts
 from spalign.types import Prompt, PromptGroup, group_from_json, group_to_json
 
 
-def evaluation_steps(run: Context, when: str, policy: Policy, judge: Policy) -> list[Step]:
-    """Two steps: answers of `policy` to the bare held-out prompts, then their scores by `judge`. `when` is "before" or "after"."""
+def evaluation_steps(run: Context, when: str, policy: Policy, judging: Judging, rivals: Stage | None = None) -> list[Step]:
+    """Two steps: answers of `policy` to the bare held-out prompts, then their scores. `when` is "before" or "after".
+
+    rivals: the stage of answers that a comparing scorer holds these against; default: these answers themselves.
+    """
     config = run.config
     settings = config.sample.model_copy(update={"n": config.evaluation.samples, "temperature": config.evaluation.temperature})
     inputs = {
@@ -26,15 +30,11 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judge: Policy) -> 
         "shard_size": config.shard_size,
     }
     answered = run.folder.stage(f"evaluation/{when}/1-sample", inputs)
+    against = rivals or answered
     judged = run.folder.stage(
-        f"evaluation/{when}/2-judge",
-        {
-            "from": answered.digest,
-            "judge": judge.digest,
-            "objectives": [o.model_dump(exclude={"threshold", "resolution"}) for o in run.objectives],
-            "scorers": {o.name: config.self_evaluation.scorer_of(o.name) for o in run.objectives},
-        },
+        f"evaluation/{when}/2-judge", {"from": answered.digest, "rivals": against.digest, **judging.inputs, "shard_size": config.shard_size}
     )
+    judge = judging.judge
 
     def answer() -> dict[str, Any]:
         if policy is not judge:
@@ -52,16 +52,18 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judge: Policy) -> 
     def score() -> dict[str, Any]:
         if policy is not judge:
             policy.free()
+        judgements = judging.judgements()
+        rivals_of = {g.prompt.id: g.candidates for g in groups_of(against)}
         groups = groups_of(answered)
-        total = len(run.objectives) * sum(bool(r.text.strip()) for g in groups for r in g.candidates)
-        with run.metered(judge, f"evaluation {when}: judge", total, "scores") as engine:
+        with run.metered(judge, f"evaluation {when}: judge", sum(len(g.candidates) for g in groups), "responses") as engine:
 
             def work(shard: Sequence[PromptGroup]) -> list[Row]:
-                items = [(g.prompt, r) for g in shard for r in g.candidates]
-                scored = {r.id: r for r in score_responses(engine, items, run.objectives, config.self_evaluation)}
+                cases = [Case(g.prompt, r, rivals_of[g.prompt.id]) for g in shard for r in g.candidates]
+                scored = {r.id: r for r in score_responses(engine.inner, cases, judging.objectives, judgements)}
+                engine.tick(len(cases))
                 return [group_to_json(g.replace(candidates=tuple(scored[r.id] for r in g.candidates))) for g in shard]
 
-            return run_in_parts(judged, groups, config.shard_size, work, tokens=lambda: engine.tokens)
+            return run_in_parts(judged, groups, config.shard_size, work)
 
     return [Step(f"evaluation-{when}-sample", answered, answer), Step(f"evaluation-{when}-judge", judged, score)]
 

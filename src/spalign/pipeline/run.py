@@ -16,8 +16,9 @@ from spalign.engines.base import Engine
 from spalign.engines.models import fingerprint
 from spalign.errors import ConfigError, RunFolderError
 from spalign.pipeline.context import Context, EngineFactory, Policy, Step
-from spalign.pipeline.data import data_steps
+from spalign.pipeline.data import data_steps, reference_steps
 from spalign.pipeline.evaluate import evaluation_steps
+from spalign.pipeline.judging import Judging
 from spalign.pipeline.summary import summarise
 from spalign.pipeline.train import train_step
 from spalign.report import Progress
@@ -54,36 +55,52 @@ def run(
     ui = ui or Progress(quiet=True)
     context = _prepare(config, ui, make_engine)
     folder = context.folder
-    steps, models = _plan(context)  # a model that is not there leaves no trace in the folder
+    steps, models, judging = _plan(context)  # a model that is not there leaves no trace in the folder
     _claim(context, mode)
     try:
         if only is not None:
             return _one_stage(context, steps, only)
         _write_config(context)
         new = _do(steps)
-        summary = summarise(context, steps, models)
+        summary = summarise(context, steps, models, judging)
         write_json(folder.path / "summary.json", summary)
         return Outcome(folder.path, summary, new)
     finally:
         folder.close()
 
 
-def _plan(run: Context) -> tuple[list[Step], list[Policy]]:
-    """Every step of the run, in order, and the policies: the first, and one after each iteration."""
+def _plan(run: Context) -> tuple[list[Step], list[Policy], Judging]:
+    """Every step of the run, in order; the first policy and one after each iteration; and how the first one's answers are judged."""
     policy = frozen = Policy(run.config.model, fingerprint(run.config.model), run.make_engine)
+    own = run.config.self_evaluation
+    run.named_judge = _other(run, own.judge, policy)
+    run.reference_judge = _other(run, own.reference_judge, policy)
     steps: list[Step] = []
+    first: Judging | None = None
     policies = [policy]
     for iteration, prompts in enumerate(_prompts_by_iteration(run), 1):
         base = f"iteration-{iteration}"
-        data = data_steps(run, base, policy, prompts, iteration)
+        data, judging = data_steps(run, base, policy, prompts, iteration)
+        first = first or judging
         paired = next(s.stage for s in data if s.name == "pair")
         trained = train_step(run, base, policy, paired, prompts)
         steps += [*data, trained]
         policy = Policy(str(trained.stage.folder / "model"), trained.stage.digest, run.make_engine)
         policies.append(policy)
-    steps += evaluation_steps(run, "before", frozen, frozen)
-    steps += evaluation_steps(run, "after", policy, frozen)
-    return steps, policies
+    assert first is not None
+    before = evaluation_steps(run, "before", frozen, first)
+    steps += [*before, *evaluation_steps(run, "after", policy, first, rivals=before[0].stage)]
+    if run.reference_judge:
+        steps += reference_steps(run, "iteration-1", next(s.stage for s in steps if s.name == "sample"))
+    return steps, policies, first
+
+
+def _other(run: Context, name: str | None, policy: Policy) -> Policy | None:
+    """The model `name`, which is the policy itself where it is the same model."""
+    if name is None:
+        return None
+    found = fingerprint(name)
+    return policy if found == policy.digest else Policy(name, found, run.make_engine)
 
 
 def _do(steps: Sequence[Step]) -> bool:
@@ -96,17 +113,18 @@ def _do(steps: Sequence[Step]) -> bool:
 
 def _one_stage(run: Context, steps: Sequence[Step], only: str) -> Outcome:
     """Do the stage named `only` of the first iteration that lacks it; the stages before it must be done."""
-    steps = [s for s in steps if "/compare-" not in str(s.stage.folder)]
+    steps = [s for s in steps if "/compare-" not in str(s.stage.folder) and "/reference/" not in str(s.stage.folder)]
     last = max(i for i, s in enumerate(steps) if s.name == only)
     wanted = next((i for i, s in enumerate(steps) if s.name == only and s.stage.manifest() is None), last)
     for before in steps[:wanted]:
-        if before.stage.manifest() is None and before.name != only:
+        if before.stage.manifest() is None and before.name not in (only, "judge"):
             raise RunFolderError(
                 f"'{only}' needs the stage '{before.name}' ({before.stage.folder}), which is not done",
                 hint=f"run: spalign {before.name} CONFIG",
             )
     _write_config(run)
-    return Outcome(run.folder.path, None, _do(steps[wanted : wanted + 1]))
+    checks = [s for s in steps[:wanted] if s.name == "judge"]  # no command of its own: it is done where it is needed
+    return Outcome(run.folder.path, None, _do([*checks, steps[wanted]]))
 
 
 def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:
@@ -134,9 +152,8 @@ def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None)
             f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n",
             style="yellow",
         )
-    return Context(
-        config, constitution, RunFolder(config.folder), ui, train, heldout, make_engine or (lambda name: _transformers(name, config.engine))
-    )
+    factory = make_engine or (lambda name: _transformers(name, config.engine))
+    return Context(config, constitution, RunFolder(config.folder), ui, train, heldout, factory, shares_checks=make_engine is None)
 
 
 def _transformers(name: str, config: EngineConfig) -> Engine:
@@ -184,8 +201,9 @@ def _flat(value: Any, at: str = "") -> list[str]:
 
 
 def _on_record(run: Context) -> dict[str, dict[str, Any]]:
-    """What the folder says of how it was made."""
-    return {"config.yaml": run.config.model_dump(mode="json"), "constitution.yaml": run.constitution.model_dump(mode="json")}
+    """What the folder says of how it was made. Leave to go on with a weak judge changes nothing that was made."""
+    config = run.config.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}})
+    return {"config.yaml": config, "constitution.yaml": run.constitution.model_dump(mode="json")}
 
 
 def _write_config(run: Context) -> None:

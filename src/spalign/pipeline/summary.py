@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spalign.evaluation import Check, compare
+from spalign.evaluation import Check, agreement, compare
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.pipeline.evaluate import groups_of
+from spalign.pipeline.judging import Judging
 from spalign.store import digest, read_json, versions
 
 SCHEMA = 1
 TRANSCRIPTS = 3
 
 
-def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy]) -> dict[str, Any]:
+def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy], judging: Judging) -> dict[str, Any]:
     """The summary of a finished run, from its manifests and the judged held-out answers."""
     done = {str(s.stage.folder.relative_to(run.folder.path)): s.stage.manifest() or {} for s in steps}
     key = digest([SCHEMA, run.config.model_dump(mode="json"), *(s.stage.digest for s in steps)])
@@ -55,7 +56,9 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy]) -
             }
             for recipe in run.config.compare
         },
-        "judge": {"model": run.config.model, "independent": False, "note": "the frozen iteration-0 policy judges itself before and after"},
+        "judge": _judge(run, judging, policies[0]),
+        "agreement": _agreement(run, steps, judging),
+        "scoring_share": _share(done),
         "evaluation": {o: measures[o]["all"] for o in names if "all" in measures[o]},
         "measures": measures,
         "unscored": comparison.unscored,
@@ -66,6 +69,41 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy]) -
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "versions": versions(),
     }
+
+
+def _judge(run: Context, judging: Judging, policy: Policy) -> dict[str, Any]:
+    """Who judged, how, and what the check said of it; figures are null where a scorer was named without a check."""
+    named = run.config.self_evaluation.judge if run.named_judge is not policy else None
+    return {
+        "model": named or run.config.model,
+        "independent": named is not None,
+        "note": "a model other than the policy judges before and after"
+        if named
+        else "the frozen iteration-0 policy judges itself before and after",
+        "objectives": {
+            name: how.model_dump(mode="json", include={"scorer", "auc", "auc_ci", "on", "threshold", "injection_shift", "verdict"})
+            for name, how in judging.judgements().items()
+        },
+    }
+
+
+def _agreement(run: Context, steps: Sequence[Step], judging: Judging) -> dict[str, Any] | None:
+    """The run's judge against the reference judge on the first iteration's candidates; None where no reference is named."""
+    own = run.config.self_evaluation
+    if own.reference_judge is None:
+        return None
+    mine, theirs = (
+        groups_of(next(s.stage for s in steps if str(s.stage.folder.relative_to(run.folder.path)) == f"iteration-1/{where}2-evaluate"))
+        for where in ("", "reference/")
+    )
+    found = agreement(mine, theirs, judging.objectives, ddof=run.config.denoise.ddof, scale=run.config.denoise.scale)
+    return {"reference": own.reference_judge, **found}
+
+
+def _share(done: Mapping[str, dict[str, Any]]) -> float | None:
+    """Seconds of self-evaluation per second of sampling in the first iteration: what scoring the candidates costs."""
+    sampling, scoring = (done.get(f"iteration-1/{w}", {}).get("seconds") for w in ("1-sample", "2-evaluate"))
+    return scoring / sampling if sampling and scoring else None
 
 
 def _training(trained: Sequence[dict[str, Any]]) -> Check:

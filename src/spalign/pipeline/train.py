@@ -41,7 +41,9 @@ def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: 
         with clear_errors(stage.folder):
             facts = (read_json(stage.folder / "log.json") or {}).get("result")  # written last: training is over, only the rest is missing
             if facts is None:
-                policy.free()  # the trainer loads the weights in float32
+                for other in (policy, run.named_judge, run.reference_judge):  # the trainer loads the weights in float32
+                    if other is not None:
+                        other.free()
                 facts = _train(run, base, policy, list(paired.rows()), prompts, stage.folder, saved)
             shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
         return stage.finish(seconds=seconds(), **facts)

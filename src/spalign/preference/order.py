@@ -17,14 +17,24 @@ SLACK = 1e-9
 """Differences below this, in score points (0..10) or in bins, are float noise."""
 
 
+def threshold(objective: Objective) -> float:
+    """The score from which the objective is met, infinity for none. Raises DataError for `auto`, which a judge's check puts a number to."""
+    if objective.threshold == "auto":
+        raise DataError(
+            f"objective '{objective.name}': the threshold is still 'auto'",
+            hint="measure it with `spalign judge-check` (in Python: judge_check) and put its number in",
+        )
+    return math.inf if objective.threshold is None else objective.threshold
+
+
 def met(score: float, objective: Objective) -> bool:
     """Whether the objective has a threshold and the score reaches it."""
-    return objective.threshold is not None and score >= objective.threshold
+    return score >= threshold(objective)
 
 
 def level(score: float, objective: Objective) -> float:
     """What the order sees of a score, in score points: capped at the threshold; below it, the floor of its bin."""
-    top = math.inf if objective.threshold is None else objective.threshold
+    top = threshold(objective)
     if score >= top or objective.resolution is None:
         return min(score, top)
     return min(math.floor(score / objective.resolution + SLACK) * objective.resolution, top)

@@ -17,7 +17,7 @@ from spalign.prompts._rows import Mistake, Table, prompts_from, quoted, refuse
 from spalign.text import words
 from spalign.types import Message, Prompt
 
-__all__ = ["check_disjoint", "load_prompts", "sha256", "shipped_sets"]
+__all__ = ["Mistake", "check_disjoint", "load_prompts", "read_file", "refuse", "sha256", "shipped_sets"]
 
 
 def shipped_sets() -> tuple[str, ...]:
@@ -63,13 +63,13 @@ def _table(source: PromptSource) -> Table:
     name = source.source
     path = Path(name)
     if name in shipped_sets():
-        return read_file(Path(str(files("spalign").joinpath("prompts", f"{name}.jsonl"))), source.column)
+        return read_file(Path(str(files("spalign").joinpath("prompts", f"{name}.jsonl"))), (source.column,))
     stands = bool(name.strip()) and exists(path)
     hub_name = name.count("/") == 1 and all(name.split("/")) and "." not in name
     if path.is_dir() if stands else hub_name:
         return read_hub(source)
     if stands or path.suffix or "/" in name:
-        return read_file(path, source.column)
+        return read_file(path, (source.column,))
     close = difflib.get_close_matches(name, shipped_sets(), n=1)
     raise PromptError(
         f"no prompts {quoted(name)}" + (f"; did you mean '{close[0]}'?" if close else ""),

@@ -27,16 +27,19 @@ def exists(path: Path) -> bool:
         return False
 
 
-def read_file(path: Path, column: str) -> Table:
-    """The table in a file, by its suffix; raises PromptError if it is missing, of another kind, or broken as a whole."""
+def read_file(path: Path, wanted: Sequence[str]) -> Table:
+    """The table in a file, by its suffix, with at least the columns `wanted` that it has.
+
+    Raises PromptError if the file is missing, of another kind, or broken as a whole.
+    """
     if not exists(path):
         raise PromptError(f"{path}: no such file", hint="check the path; it is relative to the folder you stand in")
     if path.suffix.lower() not in READERS:
         raise PromptError(f"{path}: not a known kind of prompt file", hint=f"use one of: {', '.join(READERS)}")
-    return READERS[path.suffix.lower()](path, column)
+    return READERS[path.suffix.lower()](path, wanted)
 
 
-def _read_jsonl(path: Path, _column: str) -> Table:
+def _read_jsonl(path: Path, _wanted: Sequence[str]) -> Table:
     rows: list[Row | Mistake] = []
     columns: dict[str, str] = {}
     # Only "\n" ends a line: `splitlines` would also cut at the U+2028 that JSON allows inside a text.
@@ -61,7 +64,7 @@ def _json_row(line: str, where: str) -> Row | Mistake:
     return Row(where, value) if isinstance(value, dict) else Mistake(where, "not a JSON object", shape)
 
 
-def _read_csv(path: Path, _column: str) -> Table:
+def _read_csv(path: Path, _wanted: Sequence[str]) -> Table:
     text = read_text(path, PromptError)
     rows: list[Row | Mistake] = []
     header: list[str] = []
@@ -107,7 +110,7 @@ def _field_limit(size: int) -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_parquet(path: Path, column: str) -> Table:
+def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -116,7 +119,7 @@ def _read_parquet(path: Path, column: str) -> Table:
     try:
         with parquet.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)
-            values = file.read(columns=_needed(columns, column)).to_pylist()
+            values = file.read(columns=_needed(columns, wanted)).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as e:
         raise PromptError(
             f"{path}: cannot be read as Parquet: {_brief(e)}", hint="check that the file is complete, or save it as .jsonl"
@@ -134,7 +137,7 @@ def read_hub(source: PromptSource) -> Table:
     try:
         data = datasets.load_dataset(name, source.subset, split=source.split)
         columns = tuple(data.column_names)
-        values = data.select_columns(_needed(columns, source.column)).to_list()
+        values = data.select_columns(_needed(columns, (source.column,))).to_list()
     except Exception as e:  # whatever the hub, the network or the files answer
         raise PromptError(f"{name} (split '{source.split}'): cannot be loaded: {_brief(e)}", hint=_advice(e, name)) from e
     return Table(name, name, columns, _numbered(name, values))
@@ -157,9 +160,9 @@ def _advice(error: Exception, name: str) -> str:
     return "check the name, the split and the subset, or save the prompts as a .jsonl file"
 
 
-def _needed(columns: Sequence[str], column: str) -> list[str]:
+def _needed(columns: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """The columns to read: pictures and the like beside the prompts stay where they are."""
-    return [c for c in columns if c in {column, "id", "topic", "intent"}]
+    return [c for c in columns if c in {*wanted, "id", "topic", "intent"}]
 
 
 def _numbered(source: str, values: Sequence[dict[str, Any]]) -> list[Row | Mistake]:
@@ -170,7 +173,7 @@ def _brief(error: Exception) -> str:
     return shorten(one_line(printable(str(error))), 300) or type(error).__name__
 
 
-READERS: dict[str, Callable[[Path, str], Table]] = {
+READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {
     ".jsonl": _read_jsonl,
     ".json-lines": _read_jsonl,
     ".csv": _read_csv,

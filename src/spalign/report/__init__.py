@@ -1,6 +1,7 @@
-"""What a person sees: progress while it runs, and the facts at the end."""
+"""What a person sees while a run goes on and when it is done."""
 
+from spalign.report.judge import print_judge
 from spalign.report.progress import Progress
-from spalign.report.terminal import print_summary
+from spalign.report.terminal import print_funnel, print_summary
 
-__all__ = ["Progress", "print_summary"]
+__all__ = ["Progress", "print_funnel", "print_judge", "print_summary"]

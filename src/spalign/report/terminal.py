@@ -86,12 +86,43 @@ def _scores(summary: dict[str, Any], console: Console) -> None:
             )
     console.print()
     console.print(table)
-    console.print(
-        Text(
-            "Scores 0-10 by the frozen iteration-0 policy: NOT an independent judge. It shows what was learned, not that it is right.",
-            style="yellow",
-        )
+    judge = summary["judge"]
+    note = (
+        f"Scores 0-10 by '{_safe(judge['model'])}', which is not the policy."
+        if judge["independent"]
+        else "Scores 0-10 by the frozen iteration-0 policy: NOT an independent judge. It shows what was learned, not that it is right."
     )
+    console.print(Text(note, style="yellow"))
+    for objective, how in judge["objectives"].items():
+        met = "" if how["threshold"] is None else f"; met from {how['threshold']:.2f}"
+        known = "not checked on labelled answers"
+        if how["auc"] is not None:
+            known = (
+                f"AUC {how['auc']:.2f} [{how['auc_ci'][0]:.2f}, {how['auc_ci'][1]:.2f}] on labelled answers ({how['on']}): {how['verdict']}"
+            )
+        console.print(
+            Text(f"judge of {_safe(objective)}: {how['scorer']}, {known}{met}", style="" if how["verdict"] == "trustworthy" else "yellow")
+        )
+    if summary["agreement"]:
+        _agreement(summary["agreement"], console)
+
+
+def _agreement(found: dict[str, Any], console: Console) -> None:
+    console.print(
+        Text(f"against the reference judge '{_safe(found['reference'])}', {found['answers']} answers to {found['prompts']} prompts:")
+    )
+    for objective, by in found["objectives"].items():
+        pearson, within = ("-" if v is None else f"{v:.2f}" for v in (by["pearson"], by["within"]))
+        console.print(Text(f"  {_safe(objective)}: correlation {pearson}; order of two answers to a prompt alike in {within}"))
+    curve = ", ".join(f"{share:.0%} {value:.2f}" for share, value in found["rv"][3::4] if value is not None)
+    console.print(Text(f"  RV coefficient as prompts are added by rising det(Sigma): {curve}"))
+    proposed = found["proposed"]
+    fall = (
+        f"it falls by {proposed['fall']:.2f} after {proposed['share']:.0%}: try denoise.tau {proposed['tau']:.3g}"
+        if proposed
+        else "it does not fall"
+    )
+    console.print(Text(f"  {fall}"))
 
 
 def _checks(summary: dict[str, Any], console: Console) -> None:
@@ -125,5 +156,9 @@ def _cost(summary: dict[str, Any], console: Console) -> None:
     console.print()
     slowest = sorted(summary["seconds"].items(), key=lambda kv: -kv[1])
     console.print(Text("seconds: " + ", ".join(f"{where} {s:.0f}" for where, s in slowest if s >= 1), style="dim"))
+    if summary["scoring_share"] is not None:
+        console.print(
+            Text(f"self-evaluation of the candidates took {summary['scoring_share']:.0%} of the time of sampling them", style="dim")
+        )
     console.print(Text(f"peak memory {summary['peak_rss_bytes'] / 1e9:.1f} GB", style="dim"))
     console.print(Text(f"model: {summary['model_path']}", style="bold"))
