@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from spalign.preference import denoise, make_pairs, select_pairs
     from spalign.prompts import load_prompts
     from spalign.rollout import choose, draft, sample
-    from spalign.selfeval import score_groups, score_responses
+    from spalign.selfeval import Case, JudgeFile, Judgement, judge_check, load_judge, load_labelled, score_groups, score_responses
     from spalign.training.loss import pair_weights, spa_loss
     from spalign.training.trainer import SPAConfig, SPATrainer
     from spalign.types import Message, PreferencePair, Prompt, PromptGroup, Response
 
 _HOME = {
+    "Case": "selfeval",
     "Constitution": "constitution",
+    "JudgeFile": "selfeval",
+    "Judgement": "selfeval",
     "Message": "types",
     "Objective": "constitution",
     "PreferencePair": "types",
@@ -40,8 +43,11 @@ _HOME = {
     "choose": "rollout",
     "denoise": "preference",
     "draft": "rollout",
+    "judge_check": "selfeval",
     "load_config": "config",
     "load_constitution": "constitution",
+    "load_judge": "selfeval",
+    "load_labelled": "selfeval",
     "load_prompts": "prompts",
     "make_pairs": "preference",
     "pair_weights": "training.loss",
@@ -54,7 +60,10 @@ _HOME = {
 }
 
 __all__ = [
+    "Case",
     "Constitution",
+    "JudgeFile",
+    "Judgement",
     "Message",
     "Objective",
     "PreferencePair",
@@ -71,8 +80,11 @@ __all__ = [
     "choose",
     "denoise",
     "draft",
+    "judge_check",
     "load_config",
     "load_constitution",
+    "load_judge",
+    "load_labelled",
     "load_prompts",
     "make_pairs",
     "pair_weights",

@@ -60,7 +60,7 @@ def _stage_command(name: str, what: str) -> None:
 
 
 _stage_command("sample", "Stage 1: sample candidate responses.")
-_stage_command("evaluate", "Stage 2: let the policy score its candidates.")
+_stage_command("evaluate", "Stage 2: score the candidates.")
 _stage_command("refine", "Stage 3: write refined responses and their placebo, and score them.")
 _stage_command("denoise", "Stage 4: keep the prompts that pass both criteria.")
 _stage_command("pair", "Stage 5: make preference pairs.")

@@ -66,7 +66,7 @@ def settings(tiny_model: Path) -> dict[str, Any]:
         "prompts": {"train": {"source": "high_stakes_train", "limit": 12}, "heldout": {"source": "heldout.jsonl"}},
         "engine": {"dtype": "float32"},
         "sample": {"n": 4, "max_new_tokens": 24},
-        "self_evaluation": {"use_constitution_thresholds": False},
+        "self_evaluation": {"scorer": "yes_no", "use_constitution_thresholds": False},
         "refine": {"drafts": 3},
         "denoise": {"consistency": "above_mean"},
         "pairs": {"delta": 0.05, "max_per_prompt": 2, "balance_length": False},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
+import spalign.pipeline.run  # noqa: F401 (the module; `spalign.pipeline.run` is the function)
 from spalign.config import RunConfig, config_from
+from spalign.constitution import load_constitution
 from spalign.engines.scripted import ScriptedEngine
 from spalign.errors import ConfigError, PromptError, WeakJudge
 from spalign.pipeline import run
+from spalign.pipeline.judging import asked_about
 from spalign.selfeval import JudgeFile, Judgement, load_judge, save_judge
 from spalign.types import Message
+
+pipeline = sys.modules["spalign.pipeline.run"]
 
 OBJECTIVES = ("alpha", "beta")
 
@@ -64,11 +70,11 @@ def constitution(folder: Path, threshold: object = "auto") -> str:
 
 
 def labelled(folder: Path, objectives: Sequence[str] = OBJECTIVES) -> str:
-    """Twenty answers an objective; people call those from 6 on good."""
+    """Sixty answers an objective; people call those from 6 on good."""
     rows = [
         {"prompt": f"question {i}", "response": f"alpha={i % 10} beta={i % 10}", "objective": o, "label": int(i % 10 >= 6)}
         for o in objectives
-        for i in range(20)
+        for i in range(60)
     ]
     path = folder / "labelled.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -87,7 +93,7 @@ def settings(folder: Path, model: object, **own: Any) -> RunConfig:
             "prompts": {w: {"source": str(folder / f"{w}.jsonl")} for w in ("train", "heldout")},
             "engine": {"dtype": "float32"},
             "sample": {"n": 4, "max_new_tokens": 60},
-            "self_evaluation": {"labelled": labelled(folder), **own},
+            "self_evaluation": own if "labelled" in own else {"labelled": labelled(folder), **own},
         }
     )
 
@@ -152,21 +158,31 @@ def test_leave_to_go_on_with_a_weak_judge_needs_no_resume(tmp_path, tiny_model):
         assert all("alpha" in c["scores"] for candidates in scored(config) for c in candidates)
 
 
-def test_the_check_is_not_done_twice_for_one_model(tmp_path, tiny_model):
+def test_the_check_is_not_done_twice_for_one_model(tmp_path, tiny_model, monkeypatch):
     asked = []
 
     def counting(text: str, choice: str) -> float:
         asked.append(text)
         return sees(text, choice)
 
+    # as if it were the model's own engine: an engine of the caller's has no part in the shared checks
+    monkeypatch.setattr(pipeline, "_transformers", lambda name, config: ScriptedEngine(reply, counting))
     first = settings(tmp_path, tiny_model)
-    stages(first, ScriptedEngine(reply, counting), "judge")
+    run(first, only="judge")
     assert asked
     asked.clear()
     second = first.model_copy(update={"name": "second"})
-    stages(second, ScriptedEngine(reply, counting), "judge")
+    run(second, only="judge")
     assert not asked
     assert judge_rows(first) == judge_rows(second)
+    third = first.model_copy(update={"name": "third"})
+    run(third, only="judge", make_engine=lambda _: ScriptedEngine(reply, counting))
+    assert asked
+    (cached,) = (tmp_path / "cache/judge").iterdir()
+    cached.write_text('{"rows": [{"objective": "alpha"}]}')
+    asked.clear()
+    run(first.model_copy(update={"name": "fourth"}), only="judge")
+    assert asked, "a damaged cache is measured anew"
 
 
 def test_a_threshold_auto_calibrates_a_named_scorer(tmp_path, tiny_model):
@@ -181,15 +197,34 @@ def test_a_judge_file_takes_the_place_of_the_check(tmp_path, tiny_model):
     from spalign.engines.models import fingerprint
 
     path = tmp_path / "judge.yaml"
-    how = Judgement(scorer="yes_no", threshold=7.5)
-    save_judge(path, JudgeFile(model="m", fingerprint=fingerprint(str(tiny_model)), rows="-", objectives=dict.fromkeys(OBJECTIVES, how)))
-    assert load_judge(path).objectives["alpha"] == how
     config = settings(tmp_path, tiny_model, judge_file=str(path))
+    how = {
+        o.name: Judgement(scorer="yes_no", threshold=7.5, auc=0.9, auc_ci=(0.8, 1.0), asked=asked_about(o))
+        for o in load_constitution(config.constitution).objectives
+    }
+    file = JudgeFile(model="m", fingerprint=fingerprint(str(tiny_model)), rows="-", objectives=how)
+    save_judge(path, file)
+    assert load_judge(path) == file
     stages(config, ScriptedEngine(reply, sees), "sample", "evaluate")
     assert not (config.folder / "iteration-1/0-judge").exists()
-    save_judge(path, JudgeFile(model="m", fingerprint="another", rows="-", objectives=dict.fromkeys(OBJECTIVES, how)))
-    with pytest.raises(ConfigError, match="made for the model 'm'"):
-        run(config, make_engine=lambda _: ScriptedEngine(reply, sees))
+    before = (config.folder / "iteration-1/2-evaluate/manifest.json").stat().st_mtime_ns
+
+    def refused(match: str, **changes: Any) -> None:
+        save_judge(path, file.model_copy(update=changes))
+        with pytest.raises(ConfigError, match=match):
+            run(config, make_engine=lambda _: ScriptedEngine(reply, sees))
+
+    def alpha(**changes: Any) -> dict[str, Judgement]:
+        return {**how, "alpha": how["alpha"].model_copy(update=changes)}
+
+    refused("made for the model 'm'", fingerprint="another")
+    refused("says nothing about objective 'beta'", objectives={"alpha": how["alpha"]})
+    refused("asked about in other words", objectives=alpha(asked="other words"))
+    refused("no threshold for 'alpha'", objectives=alpha(threshold=None))
+    save_judge(path, file.model_copy(update={"objectives": alpha(threshold=3.0)}))
+    stages(config, ScriptedEngine(reply, sees), "evaluate", "refine", "denoise", "pair")
+    assert (config.folder / "iteration-1/2-evaluate/manifest.json").stat().st_mtime_ns == before, "the scores do not depend on it"
+    assert json.loads((config.folder / "iteration-1/5-pair/manifest.json").read_text())["inputs"]["levels"][0] == ["alpha", 3.0, None]
 
 
 def test_an_objective_without_labelled_answers_is_refused_at_once(tmp_path, tiny_model):

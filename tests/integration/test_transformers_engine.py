@@ -384,7 +384,7 @@ def test_shared_beginnings_run_once(tiny_wide: TransformersEngine) -> None:
     alone = sum(len(c) + len(a) for c, a in requests)
     with counted(tiny_wide) as sizes:
         tiny_wide.loglikelihood(requests + requests)
-    assert sum(sizes) < 0.6 * alone, "four contexts for twelve answers, padding included, and nothing twice"
+    assert sum(sizes) < 0.75 * alone, "four contexts for twelve answers, padding included, and nothing twice"
 
 
 def test_what_does_not_fit_or_is_empty_has_no_reading(tiny: TransformersEngine) -> None:

@@ -1,14 +1,15 @@
 """The configuration: defaults, recipes, `--set`, and every mistake with its place."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from spalign.config import RECIPES, RunConfig, config_from, load_config, parse_set
+from spalign.config import RECIPES, RunConfig, Scorer, config_from, load_config, parse_set
 from spalign.errors import ConfigError
 
 
@@ -195,7 +196,8 @@ def test_all_mistakes_at_once_each_with_its_line(tmp_path):
     assert "FILE:8: unknown key 'train.loar'; did you mean 'lora'?" in lines
     for start in ("FILE:1: name: ", "FILE:4: sample.n: ", "FILE:5: sample.top_p: ", "FILE:7: train.beta: Input should be a finite number"):
         assert any(line.startswith(start) for line in lines), start
-    assert "FILE:10: self_evaluation.scorer: Input should be 'yes_no' or 'likert'" in lines
+    (scorer,) = [line for line in lines if line.startswith("FILE:10: self_evaluation.scorer: Input should be '")]
+    assert re.findall("'(.*?)'", scorer) == list(get_args(Scorer))
 
 
 def test_a_missing_name(tmp_path):
@@ -232,8 +234,57 @@ def test_thresholds_of_the_run_override_the_constitution(tmp_path):
     objectives = {
         recipe: config_from({"name": "a", "recipe": recipe, "constitution": str(own)}).constitution_for_run() for recipe in RECIPES
     }
-    assert [o.threshold for o in objectives["robust"].objectives] == [None, 6.0]
+    assert [o.threshold for o in objectives["robust"].objectives] == ["auto", 6.0]
     assert [o.threshold for o in objectives["paper"].objectives] == [None, None], "the published method has no thresholds"
+
+
+def test_a_threshold_of_the_run_may_be_automatic():
+    config = config_from({"name": "a", "self_evaluation": {"thresholds": {"helpfulness": "auto"}}})
+    assert [o.threshold for o in config.constitution_for_run().objectives] == ["auto", "auto"]
+
+
+@pytest.mark.parametrize("wrong", [0, 10.5, "Auto", None])
+def test_a_threshold_is_on_the_scale_or_automatic(wrong):
+    with pytest.raises(ConfigError, match=r"self_evaluation\.thresholds\.helpfulness"):
+        config_from({"name": "a", "self_evaluation": {"thresholds": {"helpfulness": wrong}}})
+
+
+def test_the_judge_is_the_policy_and_chosen_by_a_check_unless_the_run_says_otherwise():
+    own = config_from({"name": "a"}).self_evaluation
+    assert (own.scorer, own.judge, own.judge_file, own.labelled, own.bad_recall, own.allow_weak_judge) == (
+        "auto",
+        None,
+        None,
+        None,
+        None,
+        False,
+    )
+
+
+@pytest.mark.parametrize("scorer", get_args(Scorer))
+def test_every_scorer_can_be_named_for_all_objectives_or_for_one(scorer):
+    no_thresholds = "self_evaluation.use_constitution_thresholds=false"  # a comparing scorer has none
+    for_all = config_from({"name": "a"}, (f"self_evaluation.scorer={scorer}", no_thresholds))
+    for_one = config_from({"name": "a"}, (f"self_evaluation.scorer={{harmlessness: {scorer}, helpfulness: likert}}", no_thresholds))
+    for config in (for_all, for_one):
+        assert config.constitution_for_run().objective_names == ("harmlessness", "helpfulness")
+    assert [for_all.self_evaluation.scorer_of(o) for o in ("harmlessness", "helpfulness")] == [scorer, scorer]
+    assert [for_one.self_evaluation.scorer_of(o) for o in ("harmlessness", "helpfulness")] == [scorer, "likert"]
+
+
+@pytest.mark.parametrize("threshold", [7, "auto"])
+def test_a_scorer_that_only_compares_has_no_threshold(threshold):
+    own = {"scorer": {"harmlessness": "pairwise", "helpfulness": "likert"}, "thresholds": {"harmlessness": threshold}}
+    with pytest.raises(ConfigError, match="objective 'harmlessness' has a threshold, and its scorer 'pairwise' only compares") as caught:
+        config_from({"name": "a", "self_evaluation": own}).constitution_for_run()
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])
+def test_the_share_of_bad_answers_below_a_threshold_is_a_share(share):
+    assert config_from({"name": "a"}, ("self_evaluation.bad_recall=0.9",)).self_evaluation.bad_recall == 0.9
+    with pytest.raises(ConfigError, match=r"self_evaluation\.bad_recall"):
+        config_from({"name": "a"}, (f"self_evaluation.bad_recall={share}",))
 
 
 @pytest.mark.parametrize(
@@ -254,10 +305,11 @@ def test_yes_no_needs_exemplars(tmp_path):
     fields = "principle: p, question: q, good_answer: yes, good_system: g, bad_system: b"
     path = written(tmp_path, f"name: bare\nrefine_instruction: x\nobjectives: [{{name: kind, {fields}}}]\n")
     with pytest.raises(ConfigError, match="'kind' has no exemplars") as caught:
-        config_from({"name": "a", "constitution": str(path)}).constitution_for_run()
-    assert "likert" in caught.value.hint
-    likert = config_from({"name": "a", "constitution": str(path)}, ("self_evaluation.scorer=likert",))
-    assert likert.constitution_for_run().objective_names == ("kind",)
+        config_from({"name": "a", "constitution": str(path)}, ("self_evaluation.scorer=yes_no",)).constitution_for_run()
+    assert "auto" in caught.value.hint
+    for scorer in ("auto", "likert", "yes_no_zero"):
+        config = config_from({"name": "a", "constitution": str(path)}, (f"self_evaluation.scorer={scorer}",))
+        assert config.constitution_for_run().objective_names == ("kind",)
 
 
 def test_importing_the_config_imports_nothing_heavy():

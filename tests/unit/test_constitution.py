@@ -100,6 +100,16 @@ def test_thresholds_and_resolution_are_taken(tmp_path):
     assert (loaded.threshold, loaded.resolution) == (7.0, 0.5)
 
 
+def test_a_threshold_may_be_left_to_the_judges_check(tmp_path):
+    (loaded,) = load_constitution(written(tmp_path, constitution(objective("kind", "    threshold: auto\n")))).objectives
+    assert loaded.threshold == "auto"
+
+
+@pytest.mark.parametrize("name", ["harmless_helpful", "honest_helpful"])
+def test_shipped_constitutions_leave_the_first_threshold_to_the_check_and_set_no_other(name):
+    assert [o.threshold for o in load_constitution(name).objectives] == ["auto", None]
+
+
 # Mistakes
 
 
@@ -125,6 +135,12 @@ def test_all_mistakes_at_once_each_with_its_line(tmp_path):
     assert "'yes' or 'no'" in found["6"]
     assert "FILE:3: 'objectives.0.principle' is missing" in lines
     assert "FILE:1: 'refine_instruction' is missing" in lines
+
+
+@pytest.mark.parametrize("value", ["11", "0", "Auto", "[7]"])
+def test_a_wrong_threshold_is_named_as_it_stands_in_the_file(tmp_path, value):
+    lines = refused(tmp_path, constitution(objective("kind", f"    threshold: {value}\n")))
+    assert {line.split(": ")[1] for line in lines if line.startswith("FILE:")} == {"objectives.0.threshold"}
 
 
 def test_an_unknown_key_that_resembles_none_lists_those_there_are(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import permutations
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ scores = st.one_of(st.integers(0, 100).map(lambda i: i / 10), st.floats(0, 10), 
 optional = st.none() | st.floats(0.05, 10) | st.sampled_from([0.1, 0.3, 2.0, 9.0])
 
 
-def objective(name: str = "first", threshold: float | None = None, resolution: float | None = None) -> Objective:
+def objective(name: str = "first", threshold: float | Literal["auto"] | None = None, resolution: float | None = None) -> Objective:
     text = {"principle": "p", "question": "q", "good_system": "g", "bad_system": "b"}
     return Objective(name=name, good_answer="yes", threshold=threshold, resolution=resolution, **text)
 
@@ -72,6 +74,16 @@ def test_met_needs_a_threshold() -> None:
     assert not met(10.0, objective())
     assert met(9.0, objective(threshold=9.0))
     assert not met(8.999, objective(threshold=9.0))
+
+
+@pytest.mark.parametrize("ask", [level, met])
+@pytest.mark.parametrize("score", [0.0, 10.0])
+def test_an_automatic_threshold_must_be_a_number_before_anything_is_ordered(
+    ask: Callable[[float, Objective], object], score: float
+) -> None:
+    with pytest.raises(DataError, match="objective 'first': the threshold is still 'auto'") as caught:
+        ask(score, objective(threshold="auto", resolution=0.5))
+    assert "judge-check" in caught.value.hint
 
 
 def test_levels_follow_the_order_of_priority() -> None:

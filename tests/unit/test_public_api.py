@@ -12,9 +12,10 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_public_names_are_pinned() -> None:
-    pinned = """Constitution Message Objective PreferencePair Prompt PromptGroup Response RunConfig SPAConfig SPATrainer ScriptedEngine
-    SpalignError TransformersEngine __version__ choose denoise draft load_config load_constitution load_prompts make_pairs pair_weights run
-    sample score_groups score_responses select_pairs spa_loss"""
+    pinned = """Case Constitution JudgeFile Judgement Message
+    Objective PreferencePair Prompt PromptGroup Response RunConfig SPAConfig SPATrainer ScriptedEngine
+    SpalignError TransformersEngine __version__ choose denoise draft judge_check load_config load_constitution load_judge load_labelled
+    load_prompts make_pairs pair_weights run sample score_groups score_responses select_pairs spa_loss"""
     assert sorted(spalign.__all__) == sorted(pinned.split())
 
 

@@ -52,13 +52,91 @@ def test_choice_logprobs_in_order_and_none_past_the_window() -> None:
     assert engine.window == 3
 
 
+def test_a_conversation_is_asked_as_its_turns_a_line_each() -> None:
+    asked = []
+
+    def score(text: str, choice: str) -> float:
+        asked.append((text, choice))
+        return -1.0
+
+    engine = ScriptedEngine(lambda m, s: "", score)
+    assert engine.choice_logprobs([(Message("system", "Be kind."), *HELLO)], ["Yes", "No"]) == [(-1.0, -1.0)]
+    assert asked == [("system: Be kind.\nuser: hello\n", "Yes"), ("system: Be kind.\nuser: hello\n", "No")]
+
+
+def test_a_conversation_counts_against_the_window_as_it_is_encoded() -> None:
+    # "user: hello" and a newline are 12 characters
+    assert [ScriptedEngine(lambda m, s: "", lambda t, c: 0.0, window=window).choice_logprobs([HELLO], ["Yes"]) for window in (11, 12)] == [
+        [None],
+        [(0.0,)],
+    ]
+
+
+def weighing(window: int = 100) -> ScriptedEngine:
+    """A token of `text` after `context` has the log-probability -(the context's length + 10 of the text's)."""
+    return ScriptedEngine(lambda m, s: "", weigh=lambda context, text: -float(len(context) + 10 * len(text)), window=window)
+
+
+def test_loglikelihood_gives_every_token_its_number_in_order() -> None:
+    engine = weighing()
+    context, answer = engine.encode_chat([Message("user", "x")]), engine.encode_response("ab")
+    # "user: x" and a newline are 8 characters, "ab" is 2 and, with the end of the turn, 3 tokens
+    assert engine.loglikelihood([(context, answer), (context[:1], answer[:1])]) == [(-28.0,) * 3, (-11.0,)]
+
+
+def test_loglikelihood_takes_context_and_continuation_as_text() -> None:
+    asked = []
+
+    def weigh(context: str, text: str) -> float:
+        asked.append((context, text))
+        return 0.0
+
+    engine = ScriptedEngine(lambda m, s: "", weigh=weigh)
+    engine.loglikelihood([(engine.encode_chat(HELLO), engine.encode_response("a\0b"))])
+    assert asked == [("user: hello\n", "a\0b")]
+
+
+def test_representations_are_those_of_context_and_continuation_once_a_depth() -> None:
+    engine = ScriptedEngine(lambda m, s: "", represent=lambda context, text: (float(len(context)), float(len(text))))
+    request = (engine.encode_chat(HELLO), engine.encode_response("ab"))
+    assert engine.representations([request], [0.4, 0.6]) == [(12.0, 2.0, 12.0, 2.0)]
+
+
+@pytest.mark.parametrize(("context", "answer", "fits"), [(3, 2, True), (4, 2, False), (3, 3, False), (0, 2, False), (3, 0, False)])
+def test_representations_are_none_past_the_window_and_where_one_side_is_empty(context: int, answer: int, fits: bool) -> None:
+    engine = ScriptedEngine(lambda m, s: "", represent=lambda c, t: [1.0], window=5)
+    (found,) = engine.representations([([98] * context, [99] * answer)], [0.5])
+    assert (found is not None) is fits
+
+
+@pytest.mark.parametrize(("context", "answer", "fits"), [(3, 2, True), (4, 2, False), (3, 3, False), (0, 2, False), (3, 0, False)])
+def test_loglikelihood_is_none_past_the_window_and_where_one_side_is_empty(context: int, answer: int, fits: bool) -> None:
+    (found,) = weighing(window=5).loglikelihood([([98] * context, [99] * answer)])
+    assert (found is not None) is fits
+
+
 def test_capabilities_are_what_it_really_has() -> None:
     only_text: Engine = ScriptedEngine(lambda m, s: "")
-    both: Engine = ScriptedEngine(lambda m, s: "", lambda t, c: 0.0)
+    judge: Engine = ScriptedEngine(lambda m, s: "", lambda t, c: 0.0)
+    weigher: Engine = ScriptedEngine(lambda m, s: "", weigh=lambda c, t: 0.0)
     assert only_text.capabilities == {"generate"}
-    assert both.capabilities == {"generate", "choice_logprobs"}
-    with pytest.raises(NotImplementedError, match="without a score function"):
+    reader: Engine = ScriptedEngine(lambda m, s: "", represent=lambda c, t: [0.0])
+    assert judge.capabilities == {"generate", "choice_logprobs"}
+    assert reader.capabilities == {"generate", "representations"}
+    assert weigher.capabilities == {"generate", "loglikelihood"}
+
+
+def test_what_it_was_not_given_is_an_error_that_says_how_to_give_it() -> None:
+    only_text = ScriptedEngine(lambda m, s: "")
+    with pytest.raises(EngineError, match="has no score function") as e:
         only_text.choice_logprobs(["x"], [" Yes"])
+    assert "ScriptedEngine(reply, score)" in e.value.hint
+    with pytest.raises(EngineError, match="without a weigh function") as e:
+        only_text.loglikelihood([([1], [2])])
+    assert "ScriptedEngine(reply, weigh=weigh)" in e.value.hint
+    with pytest.raises(EngineError, match="has no represent function") as e:
+        only_text.representations([([1], [2])], [0.5])
+    assert "ScriptedEngine(reply, represent=represent)" in e.value.hint
 
 
 def test_require_names_user_capability_engine_and_a_way_out() -> None:

@@ -85,6 +85,11 @@ class ScorerReport:
         """Of the AUC on the weakest kind of text."""
         return float(self.by_source[self.weakest]["auc_ci"][0]) if self.by_source else self.auc_ci[0]
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """By the weakest kind of text; where that may be chance for several scorers, their order there is noise, and all answers decide."""
+        return max(self.lower_bound, 0.5), self.auc_ci[0]
+
     def to_json(self) -> dict[str, Any]:
         """As in `judge-check --json`; figures that are not defined are null."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "judgement"}
@@ -122,7 +127,7 @@ def judge_check(
 ) -> JudgeCheck:
     """Measure `scorers` on the labelled answers of each objective, and recommend one.
 
-    That is the one with the highest lower bound of the AUC on the kind of text that it is worst at.
+    That is the one with the highest lower bound of the AUC on the kind of text that it is worst at, if that is above one half; else on all.
 
     recall: choose the threshold that leaves this share of the bad answers below it, instead of equal errors. diagnose_all: measure retest,
     flips and injections of all scorers, not only of the one that would be recommended. tick: called with the number of answers read.
@@ -164,7 +169,7 @@ def _members(by: Mapping[str, ScorerReport]) -> list[str]:
 
 def _diagnosed(bench: _Bench, by: dict[str, ScorerReport], every: bool) -> tuple[dict[str, ScorerReport], str | None]:
     """The reports with diagnostics, and the scorer to recommend: of those that injections do not move, the best; else the best of all."""
-    ranked = sorted((n for n, r in by.items() if r.judgement is not None), key=lambda n: -by[n].lower_bound)
+    ranked = sorted((n for n, r in by.items() if r.judgement is not None), key=lambda n: by[n].rank, reverse=True)
     chosen: str | None = None
     for name in ranked + [n for n in by if n not in ranked]:
         if every or (chosen is None and name in ranked):
