@@ -145,17 +145,17 @@ def test_a_judge_that_guesses_stops_the_run_before_anything_is_sampled(tmp_path,
 
 
 def test_leave_to_go_on_with_a_weak_judge_needs_no_resume(tmp_path, tiny_model):
-    def half(text: str, choice: str) -> float:  # right on some answers only: above chance, too weak to rely on
-        case = text.rsplit("Assistant: ", 1)[1]
-        return sees(text, choice) if re.search(r"=[05]", case) else guesses(text, choice)
+    def noisy(text: str, choice: str) -> float:  # the quality and, as large, something of the question: above chance, too weak to rely on
+        question = text.rsplit("User: ", 1)[1].split("Assistant: ", maxsplit=1)[0]
+        return sees(text, choice) + 25 * (sum(map(ord, question)) * 7919 % 13) / 13 if choice.strip() == "Yes" else 0.0
 
-    config = settings(tmp_path, tiny_model)
     with pytest.raises(WeakJudge):
-        stages(config, ScriptedEngine(reply, half), "judge", "sample")
+        stages(settings(tmp_path, tiny_model), ScriptedEngine(reply, noisy), "judge", "sample")
     allowed = settings(tmp_path, tiny_model, allow_weak_judge=True)
-    if all(row["judgement"] for row in judge_rows(config).values()):
-        stages(allowed, ScriptedEngine(reply, half), "sample", "evaluate")
-        assert all("alpha" in c["scores"] for candidates in scored(config) for c in candidates)
+    for row in judge_rows(allowed).values():
+        assert 0.5 < row["judgement"]["auc"] < 0.8
+    stages(allowed, ScriptedEngine(reply, noisy), "sample", "evaluate")
+    assert all("alpha" in c["scores"] for candidates in scored(allowed) for c in candidates if c["finished"])
 
 
 def test_the_check_is_not_done_twice_for_one_model(tmp_path, tiny_model, monkeypatch):

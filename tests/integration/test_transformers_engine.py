@@ -252,10 +252,10 @@ def test_nothing_asked_nothing_run(engine: TransformersEngine) -> None:
     assert sizes == []
 
 
-def test_one_call_has_one_temperature(tiny: TransformersEngine) -> None:
-    mixed = [*requests_for(["a"]), *requests_for(["a"], sampling=Sampling(1.0, 1.0, 16))]
-    with pytest.raises(EngineError, match="must share temperature and top_p"):
-        list(tiny.generate(mixed))
+def test_one_call_may_mix_temperatures(tiny: TransformersEngine) -> None:
+    greedy = requests_for(["a", "b"])
+    warm = [GenerateRequest(f"warm {r.id}", r.messages, (3, 4), Sampling(1.0, 0.9, 16)) for r in greedy]
+    assert by_key(tiny.generate([*greedy, *warm])) == by_key(tiny.generate(greedy)) | by_key(tiny.generate(warm))
 
 
 def test_a_prompt_longer_than_the_window_is_refused_before_any_work(tiny: TransformersEngine) -> None:

@@ -207,7 +207,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_judge(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("probe", ["{features: 3, weights: xx}", "{features: 2, weights: AAAA}", "{features: -1, weights: ''}"])
+@pytest.mark.parametrize(
+    "probe",
+    ["{features: 3, weights: xx}", "{features: 2, weights: AAAA}", "{features: -1, weights: ''}", "{features: 1, weights: AAAA!AAAAAAA=}"],
+)
 def test_broken_weights_of_a_probe_are_refused(tmp_path: Path, probe: str) -> None:
     refused(tmp_path, f"model: demo\nfingerprint: a\nrows: b\nobjectives:\n  kindness: {{scorer: probe, probe: {probe}}}\n")
 

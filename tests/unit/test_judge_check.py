@@ -327,7 +327,7 @@ def of_two_kinds(written: int, sampled: int) -> list[LabelledCase]:
 
 def blind_to_its_own(answer: str) -> float:
     """Perfect on written answers; on sampled ones it overlaps."""
-    return perfect(answer) + (0 if "mine" not in answer else (-1.2 if answer.startswith("good") else 1.2))
+    return perfect(answer) + (0 if "mine" not in answer else (-1.5 if answer.startswith("good") else 1.5))
 
 
 def test_each_kind_of_text_is_measured_by_itself() -> None:
@@ -341,7 +341,8 @@ def test_the_weakest_kind_gives_verdict_and_judgement() -> None:
     assert found.by_source["written"]["auc"] == 1.0
     assert found.weakest == "sampled"
     assert found.lower_bound == weak["auc_ci"][0]
-    assert found.verdict == verdict(weak["auc_ci"][0], 0.0)
+    assert found.auc_ci[0] >= 0.7 > weak["auc_ci"][0] > 0.5
+    assert found.verdict == "weak"
     assert found.judgement is not None
     assert (found.judgement.on, found.judgement.auc) == ("sampled", pytest.approx(weak["auc"], rel=1e-5))
     assert found.judgement.auc_ci == pytest.approx(weak["auc_ci"], rel=1e-5)
@@ -353,6 +354,18 @@ def test_scorers_are_ranked_by_the_kind_they_are_worst_at() -> None:
     found = judge_check(judge, [objective()], of_two_kinds(200, 40), ["yes_no_zero", "contrastive"])
     assert report(found, "yes_no_zero").auc_ci[0] > 0.6 > report(found, "yes_no_zero").lower_bound
     assert found.recommended == {"kindness": "contrastive"}
+
+
+def test_where_all_are_at_chance_on_a_kind_the_rest_decides() -> None:
+    # both are inverted on the 40 sampled answers, the likelihoods a bit less; on 200 written ones yes or no is perfect and they are not
+    def half_sure(answer: str) -> float:
+        return (-0.3 if "mine" in answer else 1) * mixed(0.2)(answer)
+
+    judge = engine(lambda a: -perfect(a) if "mine" in a else perfect(a), half_sure)
+    found = judge_check(judge, [objective()], of_two_kinds(200, 40), ["contrastive", "yes_no_zero"])
+    assert report(found, "yes_no_zero").lower_bound < report(found, "contrastive").lower_bound < 0.5
+    assert report(found, "yes_no_zero").auc_ci[0] > report(found, "contrastive").auc_ci[0] > 0.5
+    assert found.recommended == {"kindness": "yes_no_zero"}
 
 
 def test_a_kind_with_fewer_than_ten_answers_of_a_label_is_not_measured_by_itself() -> None:

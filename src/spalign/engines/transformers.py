@@ -101,13 +101,17 @@ class TransformersEngine:
         tokens: list[list[int]] = [[] for _ in work]
         limits = [request.sampling.max_new_tokens for _, request, _ in work]
         u = torch.stack([torch.from_numpy(uniforms(r.seeds[i], max(limits))) for _, r, i in work]).to(self.model.device)
-        sampling = [request.sampling for _, request, _ in work]
-        if len({(s.temperature, s.top_p) for s in sampling}) > 1:
-            raise EngineError("requests of one call must share temperature and top_p", hint="call generate once per setting")
+        settings = [(r.sampling.temperature, r.sampling.top_p) for _, r, _ in work]
         logits, cache, mask = self._prefill([ids for ids, _, _ in work])
         done: set[int] = set()
         for step in range(max(limits)):
-            new = next_tokens(logits, u[rows, step], temperature=sampling[0].temperature, top_p=sampling[0].top_p)
+            new = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
+            for temperature, top_p in dict.fromkeys(settings):
+                mine = [i for i, row in enumerate(rows) if settings[row] == (temperature, top_p)]
+                if len(mine) == len(rows):
+                    new = next_tokens(logits, u[rows, step], temperature=temperature, top_p=top_p)
+                elif mine:
+                    new[mine] = next_tokens(logits[mine], u[[rows[i] for i in mine], step], temperature=temperature, top_p=top_p)
             for row, token in zip(rows, new.tolist(), strict=True):
                 if row in done:
                     continue

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from spalign.constitution import Objective
 from spalign.engines.base import Capability, Engine, require
 from spalign.selfeval.base import Case, Raw
-from spalign.types import Message
+from spalign.types import Message, Prompt
 
 NEUTRAL = Message("user", "Hello!")
 """A turn that asks for nothing: an answer that is as likely after it has nothing to do with the question."""
@@ -33,13 +33,14 @@ class ContrastiveScorer:
 
     def score(self, engine: Engine, cases: Sequence[Case], objectives: Sequence[Objective]) -> list[list[Raw | None]]:
         """One mean difference per case; None where prompt and answer exceed the model's window."""
-        systems = [(o.good_system, o.bad_system) for o in objectives]
-        return _contrasts(
-            engine, cases, [[(c.prompt.with_system(good), c.prompt.with_system(bad)) for c in cases] for good, bad in systems]
-        )
+        contexts = [[(c.prompt.with_system(o.good_system), self._bad(c.prompt, o)) for c in cases] for o in objectives]
+        return _contrasts(engine, cases, contexts)
+
+    def _bad(self, prompt: Prompt, objective: Objective) -> tuple[Message, ...]:
+        return prompt.with_system(objective.bad_system)
 
 
-class PmiScorer:
+class PmiScorer(ContrastiveScorer):
     """Pointwise mutual information of prompt and answer: as contrastive, with a greeting in place of the prompt as the bad context.
 
     raw = mean over the answer's tokens of log p(token | good system prompt, x) - log p(token | good system prompt, "Hello!"), in nats: how
@@ -47,20 +48,9 @@ class PmiScorer:
     """
 
     name = "pmi"
-    needs: frozenset[Capability] = frozenset({"loglikelihood"})
-    relative = False
 
-    def check(self, engine: Engine, objectives: Sequence[Objective]) -> None:
-        require(engine, "loglikelihood", f"the scorer '{self.name}'")
-        engine.encode_chat((Message("system", "x"), Message("user", "x")))  # some templates take no system turn
-
-    def score(self, engine: Engine, cases: Sequence[Case], objectives: Sequence[Objective]) -> list[list[Raw | None]]:
-        """One mean difference per case; None where prompt and answer exceed the model's window."""
-        return _contrasts(engine, cases, [[(c.prompt.with_system(o.good_system), _nothing_asked(o)) for c in cases] for o in objectives])
-
-
-def _nothing_asked(objective: Objective) -> tuple[Message, ...]:
-    return Message("system", objective.good_system), NEUTRAL
+    def _bad(self, prompt: Prompt, objective: Objective) -> tuple[Message, ...]:
+        return Message("system", objective.good_system), NEUTRAL
 
 
 Contexts = tuple[tuple[Message, ...], tuple[Message, ...]]

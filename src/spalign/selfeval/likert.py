@@ -39,11 +39,12 @@ class LikertScorer:
         asks = {(n, i): (_question(c, o, 10),) for n, o in enumerate(objectives) for i, c in enumerate(cases)}
         fit = {at: m for at, m in asks.items() if len(engine.encode_chat(m)) + _GREEDY.max_new_tokens <= engine.window}
         readings: dict[tuple[int, int], list[float | None]] = {at: [None] * (1 + REPEATS) for at in asks}
-        for sampling, seeds in ((_GREEDY, (0,)), (_REPEAT, tuple(range(1, 1 + REPEATS)))):
-            requests = [GenerateRequest(f"{n} {i}", m, seeds, sampling) for (n, i), m in fit.items()]
-            for completion in engine.generate(requests):
-                n, i = map(int, completion.request_id.split())
-                readings[n, i][seeds[completion.index]] = parse_score(completion.text)
+        # in one call, so that an engine reads each question once for all its readings
+        ways = {"greedy": (_GREEDY, (0,)), "repeat": (_REPEAT, tuple(range(1, 1 + REPEATS)))}
+        requests = [GenerateRequest(f"{n} {i} {way}", m, seeds, s) for (n, i), m in fit.items() for way, (s, seeds) in ways.items()]
+        for completion in engine.generate(requests):
+            n, i, way = completion.request_id.split()
+            readings[int(n), int(i)][ways[way][1][completion.index]] = parse_score(completion.text)
         return [[_reading(readings[n, i]) for i, _ in enumerate(cases)] for n, _ in enumerate(objectives)]
 
 
