@@ -188,7 +188,7 @@ def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
             "FILE:1: 'fingerprint' is missing",
             "FILE:7: objectives.kindness.calibration.slope: Input should be greater than 0",
             "FILE:8: unknown key 'objectives.kindness.treshold'",
-            "FILE:9: objectives.kindness.threshold: Input should be less than or equal to 10",
+            "FILE:9: objectives.kindness.threshold: Input should be less than or equal to 10.01",
             "FILE:10: objectives.kindness.auc: Input should be a finite number",
             "FILE:11: objectives.kindness.verdict: Input should be 'trustworthy', 'weak' or 'at chance'",
             "FILE:12: 'objectives.brevity.scorer' is missing",

@@ -349,10 +349,11 @@ def test_the_weakest_kind_gives_verdict_and_judgement() -> None:
 
 
 def test_scorers_are_ranked_by_the_kind_they_are_worst_at() -> None:
-    # asked for yes or no it is perfect on 80 answers and inverted on 20; its likelihoods are halfway sure of either kind
-    judge = engine(lambda a: -perfect(a) if "mine" in a else perfect(a), mixed(0.7))
+    # asked for yes or no it is perfect on 200 answers and inverted on 40; its likelihoods overlap on both kinds
+    judge = engine(lambda a: -perfect(a) if "mine" in a else perfect(a), mixed(0.3))
     found = judge_check(judge, [objective()], of_two_kinds(200, 40), ["yes_no_zero", "contrastive"])
-    assert report(found, "yes_no_zero").auc_ci[0] > 0.6 > report(found, "yes_no_zero").lower_bound
+    assert report(found, "yes_no_zero").auc_ci[0] > report(found, "contrastive").auc_ci[0]
+    assert report(found, "yes_no_zero").lower_bound < 0.5 < report(found, "contrastive").lower_bound
     assert found.recommended == {"kindness": "contrastive"}
 
 
@@ -477,7 +478,6 @@ def test_a_recall_leaves_that_share_of_the_bad_answers_below(recall: float) -> N
     assert sum(r.scores["kindness"] < how.threshold for r in scored) >= recall * len(scored)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the cut above the highest score, 10.001, is no threshold for a Judgement (pydantic error)")
 def test_a_recall_that_nothing_but_the_top_of_the_scale_gives_is_no_crash() -> None:
     # good answers at log-odds 4, bad ones at 0, and a bad one at 20, which is 10.0 on the fitted scale: 99 % of 21 bad ones is all of them
     def read(answer: str) -> float:
@@ -487,7 +487,7 @@ def test_a_recall_that_nothing_but_the_top_of_the_scale_gives_is_no_crash() -> N
         [(f"{kind} {i}.", int(kind == "good")) for i in range(20) for kind in ("good", "bad")] + [("good 20.", 1), ("bad loud.", 0)]
     )
     found = report(check(read, "yes_no_zero", rows=rows, recall=0.99))
-    assert found.judgement is None or (found.judgement.threshold or 0) <= 10
+    assert found.judgement is None or (found.judgement.threshold or 0) <= 10.01
 
 
 def test_a_recall_moves_the_threshold_up_here() -> None:
@@ -557,7 +557,6 @@ def test_a_judgement_without_a_probe_carries_none() -> None:
     assert how.probe is None
 
 
-@pytest.mark.xfail(strict=True, reason="bug: one representation that is not a number makes all weights of the probe not a number")
 def test_an_answer_without_a_number_is_left_out_of_the_probe() -> None:
     lacking = ROWS[0].case.response.text
     judge = engine(perfect, represent=lambda a: (math.nan if a.startswith(lacking) else perfect(a), 1.0))
@@ -658,7 +657,6 @@ def test_a_run_asks_what_the_check_asked() -> None:
     assert set(asked) <= measured
 
 
-@pytest.mark.xfail(strict=True, reason="bug: report() asks for Judgement.unchecked('ensemble'), which is refused for want of members")
 def test_members_that_share_no_scored_answer_make_no_ensemble() -> None:
     def score(text: str, choice: str) -> float:
         answer = asked_about(text)

@@ -91,6 +91,11 @@ class Judging:
     def resolved(self) -> tuple[Objective, ...]:
         """The objectives with a number for every threshold."""
         how = self.judgements()
+        for o in self.objectives:
+            if o.threshold == "auto" and how[o.name].threshold is None:
+                raise ConfigError(
+                    f"objective '{o.name}': its judge has no threshold to put for auto", hint="run judge-check, or give a number"
+                )
         return tuple(o.model_copy(update={"threshold": how[o.name].threshold}) if o.threshold == "auto" else o for o in self.objectives)
 
 

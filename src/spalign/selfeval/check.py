@@ -12,11 +12,11 @@ from typing import Any
 
 from spalign.constitution import Objective
 from spalign.engines.base import Engine
-from spalign.errors import EngineError, SpalignError
+from spalign.errors import ConfigError, EngineError, SpalignError
 from spalign.selfeval import statistics as stats
 from spalign.selfeval.base import Case, Raw
 from spalign.selfeval.evaluate import ENSEMBLE, SCORERS, ensemble, is_relative
-from spalign.selfeval.judge import Calibration, Judgement, Member, Verdict
+from spalign.selfeval.judge import UNCALIBRATED, Calibration, Judgement, Member, Verdict
 from spalign.selfeval.labelled import LabelledCase
 from spalign.selfeval.probe import PROBE, Probe, check_probe, fit_probe, representations, with_decoys
 from spalign.selfeval.yes_no import YesNoScorer
@@ -133,6 +133,8 @@ def judge_check(
     flips and injections of all scorers, not only of the one that would be recommended. tick: called with the number of answers read.
     A scorer that the engine cannot serve is skipped with the reason. Raises EngineError where none can be asked.
     """
+    if unknown := [n for n in scorers if n not in (*SCORERS, PROBE, ENSEMBLE)]:
+        raise ConfigError(f"no scorer '{unknown[0]}'", hint=f"use some of: {', '.join((*SCORERS, PROBE, ENSEMBLE))}")
     skipped: dict[str, str] = {}
     reports: dict[str, dict[str, ScorerReport]] = {}
     recommended: dict[str, str] = {}
@@ -221,7 +223,7 @@ class _Bench:
         prompts = [self.cases[i].prompt.id for i in known]
         slope, centre = stats.fit_logistic(values, labels) if len(set(labels)) == 2 else (0.0, 0.0)
         fitted = Calibration(slope=_rounded(slope), centre=_rounded(centre)) if slope > 0 else None
-        scale = fitted or Judgement.unchecked(name).calibration
+        scale = fitted or UNCALIBRATED.get(name, Calibration())
         scores = [scale.score(r) for r in raws if r is not None]
         area, interval = stats.auc(values, labels), stats.auc_interval(values, labels, prompts)
         by_source = self._by_source([self.sources[i] for i in known], values, labels, prompts)
@@ -284,6 +286,8 @@ class _Bench:
 
     def diagnosed(self, name: str, report: ScorerReport) -> ScorerReport:
         """The report with what further readings tell: retest, flips, injections."""
+        if name == ENSEMBLE and report.judgement is None:
+            return report  # there is nothing that a run could use
         how = report.judgement or Judgement.unchecked(name)
         read = partial(self._raws, name, members=how.members)
         before = read("plain")

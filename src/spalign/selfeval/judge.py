@@ -70,7 +70,7 @@ class Judgement(_Part):
     calibration: Calibration = Calibration()
     members: dict[str, Member] = {}
     probe: Probe | None = None
-    threshold: Annotated[float, Field(ge=0, le=SCORE_MAX)] | None = None
+    threshold: Annotated[float, Field(ge=0, le=SCORE_MAX + 0.01)] | None = None  # above the highest score: none is good enough
     """What `threshold: auto` stands for: the score from which an answer counts as good."""
     threshold_ci: tuple[float, float] | None = None
     auc: float | None = None

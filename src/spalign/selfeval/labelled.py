@@ -17,7 +17,7 @@ from spalign.selfeval.base import Case
 from spalign.types import Message, Prompt, Response
 
 COLUMNS = ("prompt", "response", "objective", "label")
-_GOOD, _BAD = {"1", "good", "yes", "true"}, {"0", "bad", "no", "false"}
+_GOOD, _BAD = {"1", "1.0", "good", "yes", "true"}, {"0", "0.0", "bad", "no", "false"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def fit_probe(
     Ridge regression of the labels (-1, 1) on standardised representations, once without each fold of the prompts. What the decoys change
     stands beside them with target 0.
     """
-    known = [i for i, (r, d) in enumerate(zip(found, decoyed, strict=True)) if r is not None and d is not None]
+    known = [i for i, pair in enumerate(zip(found, decoyed, strict=True)) if all(r is not None and np.isfinite(r).all() for r in pair)]
     if not known:
         return None
     x, y = np.array([found[i] for i in known], float), np.array([labels[i] for i in known])
