@@ -254,7 +254,8 @@ def pair_row(pair: PreferencePair, weight: float, prompt_ids: list[int]) -> Row:
 
 
 def _left(stage: Stage, items: Sequence[Item], size: int) -> list[Item]:
-    """The items of an interrupted stage that are not on disk yet."""
+    """The items of an interrupted stage that are not on disk yet; what another input left there is set aside first."""
+    stage.begin()
     return [item for n, s in enumerate(range(0, len(items), size)) if not stage.part(n).exists() for item in items[s : s + size]]
 
 
