@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from spalign.config import EngineConfig
 from spalign.engines.attention import NAME, grouped_attention, register
 from spalign.engines.base import Completion, GenerateRequest, Sampling
-from spalign.engines.transformers import TransformersEngine, _common_prefix, inference_dtype, load_model
+from spalign.engines.loading import inference_dtype, load_model
+from spalign.engines.transformers import TransformersEngine, _common_prefix
 from spalign.errors import EngineError, ModelError
 from spalign.types import Message
 

@@ -29,8 +29,9 @@ from spalign.selfeval import (
     judge_check,
     score_responses,
 )
-from spalign.selfeval.check import INJECTIONS, verdict
+from spalign.selfeval.bench import INJECTIONS
 from spalign.selfeval.judge import Member
+from spalign.selfeval.report import verdict
 from spalign.types import Message, Prompt, Response
 
 EXEMPLARS = (

@@ -33,7 +33,7 @@ from spalign.selfeval import (
     load_labelled,
     save_judge,
 )
-from spalign.selfeval.check import MAX_INJECTION_SHIFT
+from spalign.selfeval.report import MAX_INJECTION_SHIFT
 from spalign.store import Row, Stage, digest, read_json, write_json
 
 VERSION = 1

@@ -82,7 +82,7 @@ def _train(
     """Train, hand the model over, and write log.json; what of it goes into the manifest. `saved` is called after every checkpoint."""
     import torch
 
-    from spalign.engines.transformers import device_of, fast_bf16, load_model
+    from spalign.engines.loading import device_of, fast_bf16, load_model
     from spalign.training.guard import CollapseGuard
     from spalign.training.trainer import SPAConfig, SPATrainer
 
@@ -219,7 +219,7 @@ def _hand_over(checkpoint: Path, folder: Path, policy: Policy, run: Context, tok
     if (checkpoint / "adapter_config.json").exists():
         from peft import PeftModel
 
-        from spalign.engines.transformers import load_model
+        from spalign.engines.loading import load_model
 
         model, _ = load_model(policy.name, run.config.engine.model_copy(update={"device": "cpu"}), dtype=torch.float32)
         merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
