@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -687,6 +688,9 @@ def worker(folder: Path) -> None:
     save_file({"weights": weights(model)}, folder / f"rank{rank}.safetensors")
     if rank == "0":
         (folder / "losses.json").write_text(json.dumps([e["loss"] for e in trainer.state.log_history if "loss" in e]))
+    # DDP's reducer must not hold the group last: it is freed with the interpreter locked and waits for threads that want that lock
+    del trainer, model
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
