@@ -57,12 +57,9 @@ def _run(args: argparse.Namespace, name: str) -> bool:
     """Runs, or completes, one arm. False where its scorer leaves nothing to train on."""
     own = [] if name == "auto" else ["--set", f"self_evaluation.scorer={name}"]
     settings = ["--set", f"name={name}", "--set", f"runs_dir={args.out}", "--set", "compare=[]", *own]
-    ended = subprocess.run(
-        [Path(sys.executable).with_name("spalign"), "run", args.config, *settings, "--resume"],
-        check=False,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    resume = ["--resume"] if (args.out / name).exists() else []
+    command = [Path(sys.executable).with_name("spalign"), "run", args.config, *settings, *resume]
+    ended = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     if ended.returncode:
         print(f"{name}: {ended.stderr.strip()}", flush=True)
     return ended.returncode == 0
