@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -31,7 +34,8 @@ from transformers import (
 
 from spalign.config import GuardConfig
 from spalign.errors import DataError
-from spalign.training.batches import Layout, collate, layout_for, response_logps
+from spalign.training import head
+from spalign.training.batches import Layout, collate, layout_for, prepare, response_logps
 from spalign.training.groups import TrainingGroup, TrainingPair
 from spalign.training.guard import CollapseGuard, Probe
 from spalign.training.trainer import SPAConfig, SPATrainer
@@ -48,11 +52,6 @@ BETA, GAMMA, ALPHA = 2.5, 1.0, 1.5
 def llama(seed: int = 0, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes}))
-
-
-def mistral(window: int | None) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -167,45 +166,83 @@ def split(groups: list[TrainingGroup], size: int, layout: Layout = "packed") -> 
 # -- log-probabilities ------------------------------------------------------------------------------------------------
 
 
+def own_rows(model: PreTrainedModel, groups: list[TrainingGroup] = GROUPS) -> Tensor:
+    return torch.stack([plain_logp(model, g.prompt, r) for g in groups for r in g.responses])
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_log_probabilities_are_those_of_a_row_of_its_own(layout: Layout) -> None:
+@pytest.mark.parametrize("prompt", [3, 60])  # a long prompt is not repeated before each response: another way through attention
+def test_log_probabilities_are_those_of_a_row_of_its_own(layout: Layout, prompt: int) -> None:
+    groups = [replace(g, prompt=(BOS, *ids(random.Random(i), prompt + i))) for i, g in enumerate(GROUPS)]
     model = llama()
-    with torch.no_grad():
-        means, count = response_logps(model, collate(GROUPS, layout=layout, pad=PAD))
-        plain = torch.stack([plain_logp(model, g.prompt, r) for g in GROUPS for r in g.responses])
-    assert count.tolist() == [len(r) for g in GROUPS for r in g.responses]
-    assert float(((means - plain) / plain).abs().max()) < 1e-5
+    batch = collate(groups, layout=layout, pad=PAD)
+    if layout == "packed":
+        assert len(batch["packed"]["blocks"]) == (2 if prompt == 60 else 1)
+    plain = own_rows(model, groups)
+    prepare(model)
+    means, count = response_logps(model, batch)
+    assert count.tolist() == [len(r) for g in groups for r in g.responses]
+    assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
+    # and so is the gradient: every log-probability pulls with a weight of its own
+    pull = torch.linspace(-1, 2, len(means))
+    (means * pull).sum().backward()
+    got = gradient(model)
+    model.zero_grad()
+    (own_rows(model, groups) * pull).sum().backward()
+    assert gap(got, gradient(model)) < 1e-5
 
 
-def test_a_sliding_window_uses_padded_rows_and_gives_the_same_numbers() -> None:
-    # prompt and response reach 22 tokens, the window is 4
-    model = mistral(window=4)
-    assert layout_for(model.config) == "padded"
-    with torch.no_grad():
-        means, _ = response_logps(model, collate(GROUPS, layout="padded", pad=PAD))
-        packed, _ = response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
-        plain = torch.stack([plain_logp(model, g.prompt, r) for g in GROUPS for r in g.responses])
-    assert float(((means - plain) / plain).abs().max()) < 1e-5
-    assert float(((packed - plain) / plain).abs().max()) > 1e-2  # why the layout matters
+FAMILIES: dict[str, tuple[dict[str, Any], Layout]] = {
+    "mistral": ({"sliding_window": 4}, "packed"),
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "packed"),
+    "qwen3": ({"head_dim": 8, "tie_word_embeddings": True}, "packed"),
+    "gemma2": ({"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}, "padded"),
+    "gemma3_text": ({"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0}, "packed"),
+    "cohere": ({"logit_scale": 0.25}, "packed"),
+    "granite": ({"logits_scaling": 4.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7}, "packed"),
+    "olmo2": ({}, "packed"),
+    "phi3": ({}, "packed"),
+    "stablelm": ({}, "padded"),  # its attention is its own and takes no layout
+    "mixtral": ({"num_local_experts": 4, "sliding_window": None}, "packed"),
+    "gpt2": ({"n_positions": 128}, "padded"),
+    "gpt_neox": ({}, "packed"),
+    "falcon": ({"alibi": True, "new_decoder_architecture": False}, "padded"),
+    "mamba": ({"state_size": 4}, "padded"),
+}
 
 
-def test_eager_attention_uses_padded_rows_and_gives_the_same_numbers() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_model_gives_the_numbers_of_a_row_of_its_own(family: str) -> None:
+    # windows narrower than the rows, soft caps, scaled logits, tied heads, experts, absolute positions, no attention at all
+    changes, layout = FAMILIES[family]
+    torch.manual_seed(0)
+    shape = {**SHAPE, "pad_token_id": PAD, "eos_token_id": EOS, **changes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).eval()
+    plain = own_rows(model)
+    assert prepare(model) == layout
+    assert model.spalign_tiled
+    means, _ = response_logps(model, collate(GROUPS, layout=layout, pad=PAD))
+    assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
+    means.sum().backward()
+    got = gradient(model)
+    model.zero_grad()
+    own_rows(model).sum().backward()
+    assert gap(got, gradient(model)) < 1e-4
+
+
+def test_eager_attention_uses_padded_rows() -> None:
     model = llama(attn_implementation="eager")
-    assert layout_for(model.config) == "padded"
-    with torch.no_grad():
-        means, _ = response_logps(model, collate(GROUPS, layout="padded", pad=PAD))
-        packed, _ = response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
-        plain = torch.stack([plain_logp(model, g.prompt, r) for g in GROUPS for r in g.responses])
-    assert float(((means - plain) / plain).abs().max()) < 1e-5
-    assert float(((packed - plain) / plain).abs().max()) > 1e-2  # a boolean mask would be added to the scores
+    plain = own_rows(model)
+    assert prepare(model) == "padded"
+    means, _ = response_logps(model, collate(GROUPS, layout="padded", pad=PAD))
+    assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
         (LlamaConfig(**SHAPE), "packed"),
-        (MistralConfig(**SHAPE, sliding_window=None), "packed"),
-        (MistralConfig(**SHAPE, sliding_window=64), "padded"),
+        (MistralConfig(**SHAPE, sliding_window=64), "packed"),
         (LlamaConfig(**SHAPE, attn_implementation="flash_attention_2"), "padded"),
     ],
 )
@@ -213,12 +250,59 @@ def test_layout(config: Any, layout: Layout) -> None:
     assert layout_for(config) == layout
 
 
-def test_only_the_logits_that_predict_responses_are_computed() -> None:
+def test_a_prepared_model_generates_as_before() -> None:
+    model = llama().eval()
+    prompt = torch.tensor([[BOS, 5, 6, 7], [BOS, 8, 9, 10]])
+    before = model.generate(prompt, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(prompt))
+    prepare(model)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(prompt)), before)
+
+
+def test_a_head_that_does_more_than_its_configuration_says_keeps_its_logits(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 0.5
+            return out
+
+    torch.manual_seed(0)
+    model = Odd(LlamaConfig(**SHAPE))
+    plain = own_rows(model)
+    with caplog.at_level(logging.WARNING):
+        layout = prepare(model)
+    assert "does more than its configuration says" in caplog.text
+    for how in (layout, "padded"):
+        means, _ = response_logps(model, collate(GROUPS, layout=how, pad=PAD))
+        assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
+
+
+def test_an_adapter_on_the_head_is_not_overlooked() -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
+    plain = own_rows(model)
+    layout = prepare(model.get_base_model())
+    means, _ = response_logps(model, collate(GROUPS, layout=layout, pad=PAD))
+    assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
+
+
+def test_no_more_logits_than_a_tile_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_TILE", 8 * VOCAB)
+    widest = 0
+    logits = head._logits
+
+    def seen(*args: Any) -> Tensor:
+        nonlocal widest
+        out = logits(*args)
+        widest = max(widest, len(out))
+        return out
+
+    monkeypatch.setattr(head, "_logits", seen)
     model = llama()
-    seen: list[int] = []
-    model.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[0] * out.shape[1]))
-    response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
-    assert seen == [sum(len(r) for g in GROUPS for r in g.responses)]
+    plain = own_rows(model)
+    prepare(model)
+    means, _ = response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
+    means.sum().backward()
+    assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
+    assert widest == 8 < len([x for g in GROUPS for r in g.responses for x in r])
 
 
 # -- loss and gradient ------------------------------------------------------------------------------------------------
@@ -248,6 +332,95 @@ def test_pair_by_pair_groups_give_the_same(tmp_path: Path, truth: tuple[float, T
     loss, grad = step(trainer_for(tmp_path, llama()), split(plain, 5))
     assert loss == pytest.approx(truth[0], rel=1e-5)
     assert gap(grad, truth[1]) < 1e-5
+
+
+# -- the other losses -------------------------------------------------------------------------------------------------
+
+
+def by_pairs(model: PreTrainedModel, loss: str, reference: PreTrainedModel | None = None) -> Tensor:
+    """DPO and SFT written out, a response at a time."""
+    total, n = torch.zeros(()), 0
+    if loss == "sft":
+        for g in GROUPS:
+            for i in {p.chosen for p in g.pairs}:
+                total, n = total - plain_logp(model, g.prompt, g.responses[i]) * len(g.responses[i]), n + len(g.responses[i])
+        return total / n
+    assert reference is not None
+    for g in GROUPS:
+        for p in g.pairs:
+            c, r = (
+                (plain_logp(model, g.prompt, g.responses[i]) - plain_logp(reference, g.prompt, g.responses[i]).detach())
+                * len(g.responses[i])
+                for i in (p.chosen, p.rejected)
+            )
+            total, n = total - torch.log(torch.sigmoid(0.1 * (c - r))), n + 1
+    return total / n
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_dpo_and_sft_by_hand(tmp_path: Path, loss: str, size: int) -> None:
+    reference, model = llama(seed=1), llama()
+    truth = by_pairs(model, loss, reference)
+    truth.backward()
+    expected, grad = float(truth.detach()), gradient(model)
+    groups = trainer_for(tmp_path, reference, loss="dpo")._with_references(GROUPS) if loss == "dpo" else GROUPS
+    got, mine = step(trainer_for(tmp_path, llama(), groups, loss=loss, beta=0.1), split(groups, size))
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert gap(mine, grad) < 1e-5
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_dpo_begins_at_log_two_and_keeps_its_reference(tmp_path: Path, adapter: bool) -> None:
+    # the policy is its own reference at first: every margin is 0, and -log sigmoid(0) = 0.6931
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None
+    settings = {"loss": "dpo", "beta": 0.5, "learning_rate": 2e-2, "per_device_train_batch_size": 4}
+    trainer = trainer_for(tmp_path, llama(), peft_config=config, max_steps=12, **settings)
+    trainer.train()
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses[-1] < 0.5 * losses[0]
+    again = trainer_for(tmp_path, llama(), loss="dpo")._with_references(GROUPS)
+    assert [r for g in trainer.train_dataset for r in g.references] == pytest.approx([r for g in again for r in g.references], abs=1e-4)
+
+
+def test_dpo_with_fsdp_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for(tmp_path, llama(), loss="dpo")
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(DataError, match="reference pass"):
+        trainer.train()
+
+
+def test_simpo_is_spa_with_all_weights_one(tmp_path: Path) -> None:
+    simpo, _ = step(trainer_for(tmp_path, llama(), loss="simpo"), split(GROUPS, 2))
+    alpha0, _ = step(trainer_for(tmp_path, llama(), alpha=0.0), split(GROUPS, 2))
+    assert simpo == alpha0
+
+
+def test_weights_and_margins_come_from_the_columns_that_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "w4 w5", "chosen": "w6 w7", "rejected": "w8", "weight": 2.0, "m": 0.25, "gap": 5.0},
+        {"prompt": "w4 w5", "chosen": "w6 w7", "rejected": "w9 w10", "weight": 0.5, "m": 1.5, "gap": 1.0},
+    ]
+    trainer = trainer_for(tmp_path, llama(), rows, weight_column="weight", margin_column="m")
+    got, grad = step(trainer, split(trainer.train_dataset, 1))
+    model = llama()
+    logps = {r: plain_logp(model, (BOS, 4, 5), r) for r in ((6, 7, EOS), (8, EOS), (9, 10, EOS))}
+    margins = [BETA * (logps[6, 7, EOS] - logps[r]) - m for r, m in (((8, EOS), 0.25), ((9, 10, EOS), 1.5))]
+    truth = -(2.0 * torch.nn.functional.logsigmoid(margins[0]) + 0.5 * torch.nn.functional.logsigmoid(margins[1])) / 2
+    truth.backward()
+    assert got == pytest.approx(float(truth.detach()), rel=1e-5)
+    assert gap(grad, gradient(model)) < 1e-5
+
+
+def test_a_named_column_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 0: w is None"):
+        trainer_for(tmp_path, llama(), [{"prompt": "w4", "chosen": "w6", "rejected": "w7"}], weight_column="w")
+
+
+def test_an_unknown_loss_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loss must be one of spa, simpo, dpo, sft"):
+        arguments(tmp_path, loss="orpo")
 
 
 def test_alpha_zero_needs_no_gaps(tmp_path: Path) -> None:
@@ -329,7 +502,7 @@ def test_rows_become_groups_with_template_bos_and_eos(tmp_path: Path) -> None:
 
 def test_rows_that_leave_nothing_or_lack_gaps_are_refused(tmp_path: Path) -> None:
     row = {"prompt": "w4", "chosen": "w6", "rejected": "w7"}
-    with pytest.raises(DataError, match="gap is None"):
+    with pytest.raises(DataError, match="row 0 has no gap"):
         trainer_for(tmp_path, llama(), [row])
     with pytest.raises(DataError, match="the training data is empty"):
         trainer_for(tmp_path, llama(), [])
@@ -494,8 +667,19 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, at: int) -> No
         with torch.no_grad():
             model.lm_head.weight[5, 0] = float("inf")
     trainer = trainer_for(tmp_path, model, callbacks=[Poison(at)], max_steps=5)
-    with pytest.raises(FloatingPointError, match=f"loss is nan at step {at + 1}$"):
+    with pytest.raises(FloatingPointError, match=f"loss is nan at step {at + 1}, in rows g"):
         trainer.train()
+
+
+def test_a_gradient_that_is_not_finite_names_its_rows_and_changes_no_weight(tmp_path: Path) -> None:
+    model = llama()
+    trainer = trainer_for(tmp_path, model, max_steps=3, per_device_train_batch_size=2)
+    # a loss that is finite and a gradient that is not: d sqrt(x) / dx at 0
+    model.model.norm.weight.register_hook(lambda g: g * float("inf"))
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm is (nan|inf) at step 1, in rows g\d, g\d$"):
+        trainer.train()
+    assert torch.equal(weights(model), before)
 
 
 def test_bf16_is_autocast_over_fp32_weights(tmp_path: Path, truth: tuple[float, Tensor]) -> None:
@@ -504,6 +688,7 @@ def test_bf16_is_autocast_over_fp32_weights(tmp_path: Path, truth: tuple[float, 
     seen: list[torch.dtype] = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
     trainer = trainer_for(tmp_path, model, bf16=True, max_steps=1, per_device_train_batch_size=4, optim="sgd", learning_rate=1e-5)
+    seen.clear()  # the model's first check is in fp32
     trainer.train()
     assert set(seen) == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -546,6 +731,7 @@ def test_lora_trains_and_saves_an_adapter(tmp_path: Path) -> None:
     assert not [n for n in names(tmp_path) if Path(n).suffix in {".bin", ".pt", ".pth"} or n == "model.safetensors"]
     fresh = llama()
     assert torch.equal(weights(fresh), frozen)
+    prepare(fresh)
     loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
     trainer.model.eval()
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,10 +100,18 @@ def test_the_length_bound_is_inclusive_and_looks_at_the_longer_side(chosen: tupl
     assert grouped(row(P, chosen, rejected), max_length=4) == ([], {"too long": 1})
 
 
-@pytest.mark.parametrize("gap", [None, math.nan, math.inf, -0.5])
-def test_a_gap_that_is_missing_or_senseless_is_refused(gap: float | None) -> None:
-    with pytest.raises(DataError, match=r"row r: gap is .*\n.*set alpha to 0"):
-        grouped(row(gap=gap))
+def test_a_gap_that_is_needed_and_missing_is_refused() -> None:
+    with pytest.raises(DataError, match=r"row r has no gap\n.*set alpha to 0"):
+        grouped(row(gap=None))
+
+
+@pytest.mark.parametrize("needs_gap", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5])
+@pytest.mark.parametrize("column", ["gap", "weight", "margin"])
+def test_numbers_that_are_negative_or_not_finite_are_dropped_and_counted(column: str, bad: float, needs_gap: bool) -> None:
+    groups, dropped = grouped(row(), replace(row(P, A, C), **{column: bad}), needs_gap=needs_gap)
+    assert [len(g.pairs) for g in groups] == [1]
+    assert dropped == {"gap, weight or margin negative or not finite": 1}
 
 
 def test_a_gap_of_zero_is_fine() -> None:

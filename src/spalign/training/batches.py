@@ -1,123 +1,189 @@
 """Batches of groups, and the mean log-probability of every response in them.
 
-`packed`: each group is one stretch of a single row, its prompt once and then each response, which sees the prompt and itself. No padding,
-no prompt twice. `padded`: one row a response, for models whose attention is not the plain causal one (sliding windows, recurrent layers,
-ALiBi). Both give the same numbers.
+`packed`: each group is one stretch of a single row, its prompt once and then each response. No padding, no prompt twice. `padded`: one row
+a response, for models whose attention is not the plain causal one (recurrent layers, ALiBi, soft caps). Both give the same numbers.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from spalign.training.groups import TrainingGroup
+from spalign.engines.attention import NAME as GROUPED_DECODING
+from spalign.errors import ModelError
+from spalign.training.attention import NAME, lay_out, register
+from spalign.training.groups import TrainingGroup, TrainingPair
+from spalign.training.head import add_logps
+
+logger = logging.getLogger(__name__)
 
 Layout = Literal["packed", "padded"]
 
 
-def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dict[str, Tensor]:
-    """Model inputs and the pairs. Responses are numbered group after group."""
-    first, chosen, rejected, gaps = 0, [], [], []
+def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dict[str, Any]:
+    """Model inputs and the pairs. Responses are numbered group after group.
+
+    chosen, rejected: (pairs,) numbers of responses. gaps, and weights, margins where the pairs have them: (pairs,).
+    references: (responses,) summed nats under the reference policy, where the groups have them. names: of the groups.
+    """
+    first, chosen, rejected = 0, [], []
     for g in groups:
         chosen += [first + p.chosen for p in g.pairs]
         rejected += [first + p.rejected for p in g.pairs]
-        gaps += [p.gap for p in g.pairs]
         first += len(g.responses)
-    inputs = _packed(groups) if layout == "packed" else _padded(groups, pad)
-    pairs = {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "gaps": torch.tensor(gaps, dtype=torch.float32)}
-    return {**inputs, **pairs}
+    batch = _packed(groups) if layout == "packed" else _padded(groups, pad)
+    batch |= {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "names": [g.name for g in groups]}
+    batch["gaps"] = torch.tensor([p.gap for g in groups for p in g.pairs], dtype=torch.float32)
+    for name in ("weight", "margin"):
+        values = [getattr(p, name) for g in groups for p in g.pairs]
+        if None not in values:
+            batch[f"{name}s"] = torch.tensor(values, dtype=torch.float32)
+    if all(g.references for g in groups):
+        batch["references"] = torch.tensor([x for g in groups for x in g.references], dtype=torch.float32)
+    return batch
 
 
-def _packed(groups: Sequence[TrainingGroup]) -> dict[str, Tensor]:
-    """One row. `source`: for each response token in order, the position whose output predicts it; `owner`: its response."""
+def _packed(groups: Sequence[TrainingGroup]) -> dict[str, Any]:
+    """One row. `source`: for each response token in order, the place whose output predicts it; `owner`: its response."""
     ids: list[int] = []
     positions: list[int] = []
-    stretch: list[int] = []  # which response a position belongs to; a prompt has a number of its own
-    home: list[int] = []  # the number of the prompt that a position's stretch hangs on
     source: list[int] = []
-    target: list[int] = []
-    owner: list[int] = []
-    number = response = 0
+    spans: list[tuple[range, list[range]]] = []
     for g in groups:
-        prompt = number
-        number += 1
+        prompt = range(len(ids), len(ids) + len(g.prompt))
         ids += g.prompt
         positions += range(len(g.prompt))
-        stretch += [prompt] * len(g.prompt)
-        home += [prompt] * len(g.prompt)
-        last = len(ids) - 1
+        spans.append((prompt, []))
         for tokens in g.responses:
-            source += [last, *range(len(ids), len(ids) + len(tokens) - 1)]
-            target += tokens
-            owner += [response] * len(tokens)
+            place = range(len(ids), len(ids) + len(tokens))
+            source += [prompt[-1], *place[:-1]]
             ids += tokens
             positions += range(len(g.prompt), len(g.prompt) + len(tokens))
-            stretch += [number] * len(tokens)
-            home += [prompt] * len(tokens)
-            number += 1
-            response += 1
-    s, h = torch.tensor(stretch), torch.tensor(home)
-    sees = (s[:, None] == s[None, :]) | (h[:, None] == s[None, :])
+            spans[-1][1].append(place)
+    position_ids = torch.tensor([positions])
     return {
         "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "attention_mask": (sees & torch.ones_like(sees).tril())[None, None],
-        "source": torch.tensor(source),
-        "target": torch.tensor(target),
-        "owner": torch.tensor(owner),
+        "position_ids": position_ids,
+        "packed": {**lay_out(spans), "positions": position_ids[0]},
+        **_targets(groups, source),
     }
 
 
-def _padded(groups: Sequence[TrainingGroup], pad: int) -> dict[str, Tensor]:
-    """A row a response, padded left, so that responses end together and the last positions are the ones that predict them."""
+def _padded(groups: Sequence[TrainingGroup], pad: int) -> dict[str, Any]:
+    """A row a response, padded at its end, where nothing that counts can see it: no mask."""
     rows = [(g.prompt, tokens) for g in groups for tokens in g.responses]
-    width, longest = max(len(p) + len(t) for p, t in rows), max(len(t) for _, t in rows)
-    mask = torch.tensor([[0] * (width - len(p) - len(t)) + [1] * (len(p) + len(t)) for p, t in rows])
-    source = [i * (longest + 1) + longest - len(t) + j for i, (_, t) in enumerate(rows) for j in range(len(t))]
+    width = max(len(p) + len(t) for p, t in rows)
     return {
-        "input_ids": torch.tensor([[pad] * (width - len(p) - len(t)) + [*p, *t] for p, t in rows]),
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-        "attention_mask": mask,
-        "source": torch.tensor(source),
-        "target": torch.tensor([x for _, t in rows for x in t]),
-        "owner": torch.tensor([i for i, (_, t) in enumerate(rows) for _ in t]),
+        "input_ids": torch.tensor([[*p, *t] + [pad] * (width - len(p) - len(t)) for p, t in rows]),
+        "position_ids": torch.arange(width).expand(len(rows), -1),
+        **_targets(groups, [i * width + len(p) - 1 + j for i, (p, t) in enumerate(rows) for j in range(len(t))]),
     }
 
 
-def response_logps(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and number: (responses,) mean nats per token, and (responses,) tokens, by one forward pass.
+def _targets(groups: Sequence[TrainingGroup], source: list[int]) -> dict[str, Tensor]:
+    responses = [tokens for g in groups for tokens in g.responses]
+    return {
+        "source": torch.tensor(source),
+        "target": torch.tensor([x for tokens in responses for x in tokens]),
+        "owner": torch.tensor([i for i, tokens in enumerate(responses) for _ in tokens]),
+    }
 
-    The logits are the model's own (its head, scaling and soft-capping), and only at the positions that predict response tokens.
+
+_CHECK = TrainingGroup((3, 7, 4, 9, 5), ((8, 6, 2), (5, 3, 9, 7, 4, 8), (6, 2, 8, 3)), (TrainingPair(0, 1, 1.0),), "check")
+
+
+def prepare(model: Any) -> Layout:
+    """Give `model` the attention and the LM head that `response_logps` uses; returns the layout it takes. Generating is as before.
+
+    What is fastest is tried first and held against the model's own logits on a few tokens; what does not give the same numbers (an
+    attention that goes its own way, a head that does more than its configuration says) is not used, with a warning. Raises ModelError if
+    nothing does.
     """
-    packed = batch["attention_mask"].dim() == 4
-    count = torch.bincount(batch["owner"])
-    keep: Any = batch["source"] if packed else int(count.max()) + 1
-    logits = model(
+    if hasattr(model, "spalign_layout"):
+        return model.spalign_layout  # type: ignore[no-any-return]
+    wanted, attention = layout_for(model.config), model.config._attn_implementation
+    add_logps(model)
+    here = not any(p.is_meta or not p.numel() for p in model.parameters())  # ZeRO-3 has them elsewhere: nothing to check on
+    for layout in dict.fromkeys((wanted, "padded")):
+        model.set_attn_implementation(register() if layout == "packed" else attention)
+        for model.spalign_tiled in (True, False):
+            if not here or _same_numbers(model, layout):
+                if (layout, model.spalign_tiled) != (wanted, True):
+                    logger.warning(
+                        "spalign: %s does more than its configuration says; trained with %s rows%s",
+                        type(model).__name__,
+                        layout,
+                        "" if model.spalign_tiled else " and all logits of response tokens at once",
+                    )
+                model.spalign_layout = layout
+                return layout
+    raise ModelError(
+        f"{type(model).__name__} gives other log-probabilities in a batch than alone",
+        hint="report this model; it cannot be trained on groups",
+    )
+
+
+@torch.no_grad()
+def _same_numbers(model: Any, layout: Layout) -> bool:
+    training = model.training
+    model.eval()
+    vocabulary = model.config.get_text_config().vocab_size
+    group = replace(_CHECK, prompt=tuple(t % vocabulary for t in _CHECK.prompt))
+    rows = [torch.tensor([[*group.prompt, *r]], device=model.device) % vocabulary for r in group.responses]
+    group = replace(group, responses=tuple(tuple(r[0, len(group.prompt) :].tolist()) for r in rows))
+    start = len(group.prompt) - 1
+    own = torch.stack([_plain_logps(model(input_ids=r, use_cache=False).logits[0, start:-1], r[0, start + 1 :]).mean() for r in rows])
+    try:
+        means, _ = response_logps(model, _to(collate([group], layout=layout, pad=0), model.device))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as e:
+        logger.info("spalign: %s rows do not work for %s: %s", layout, type(model).__name__, e)
+        return False
+    finally:
+        model.train(training)
+    exact = all(p.dtype == torch.float32 for p in model.parameters())
+    return bool(torch.allclose(means.float(), own, atol=1e-4 if exact else 0.05, rtol=1e-4 if exact else 0.01, equal_nan=True))
+
+
+def _plain_logps(logits: Tensor, target: Tensor) -> Tensor:
+    return -torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return [_to(v, device) for v in value] if isinstance(value, list) else value
+
+
+def response_logps(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and number: (responses,) mean nats per token, and (responses,) tokens, by one forward pass. `model` has been `prepare`d."""
+    packed = batch.get("packed")
+    # a mask of four dimensions is left alone by the model; attention goes by `packed`
+    inputs = {} if packed is None else {"packed": packed, "attention_mask": torch.ones(1, 1, 1, 1, device=batch["source"].device)}
+    logps = model(
         input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"],
         use_cache=False,
-        logits_to_keep=keep,
-    ).logits
-    flat = logits.reshape(-1, logits.shape[-1])
-    flat = flat if packed else flat[batch["source"]]
-    logps = -torch.nn.functional.cross_entropy(flat.float(), batch["target"], reduction="none")
+        source=batch["source"],
+        target=batch["target"],
+        **inputs,
+    )
+    count = torch.bincount(batch["owner"])
     total = torch.zeros(len(count), dtype=logps.dtype, device=logps.device).index_add(0, batch["owner"], logps)
     return total / count, count
 
 
 def layout_for(config: Any) -> Layout:
-    """`packed` where attention is plain causal with rotary positions, so that a mask and position ids say it all.
-
-    Only SDPA reads a boolean mask as one: eager attention would add it to the scores, and flash attention takes none.
-    """
+    """`packed` where attention is causal, whole or windowed, with rotary positions, by SDPA: then position ids and `lay_out` say it all."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
-    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    plain = kinds == {"full_attention"} and rotary and not sliding and not getattr(text, "alibi", False)
-    sdpa = (getattr(text, "_attn_implementation", None) or "sdpa").endswith("sdpa")
-    return "packed" if plain and sdpa else "padded"
+    plain = kinds <= {"full_attention", "sliding_attention"} and rotary and not getattr(text, "alibi", False)
+    sdpa = (getattr(text, "_attn_implementation", None) or "sdpa") in ("sdpa", NAME, GROUPED_DECODING)
+    return "packed" if plain and sdpa and not getattr(text, "attn_logit_softcapping", None) else "padded"
