@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from spalign import __version__
-from spalign.errors import SpalignError
+from spalign.errors import HubError, SpalignError
 
 app = typer.Typer(
     add_completion=False,
@@ -33,12 +33,18 @@ def run(config: ConfigFile, set_: Sets = None, resume: Resume = False, fresh: Fr
     """Run the whole method: sample, self-evaluate, refine, denoise, pair, train, evaluate."""
     from spalign.pipeline import run as run_pipeline
     from spalign.report import Progress, print_summary
+    from spalign.store import read_json
 
     ui = Progress()
     if resume and fresh:
         raise SpalignError("--resume and --fresh exclude each other", hint="give one of them")
     mode: Any = "resume" if resume else "fresh" if fresh else "auto"
-    outcome = run_pipeline(_config(config, set_, allow_weak_judge), mode=mode, ui=ui)
+    loaded = _config(config, set_, allow_weak_judge)
+    try:
+        outcome = run_pipeline(loaded, mode=mode, ui=ui)
+    except HubError:  # the run itself is done
+        print_summary(read_json(loaded.folder / "summary.json"), ui.console)
+        raise
     assert outcome.summary is not None
     print_summary(outcome.summary, ui.console)
     if not outcome.new:
@@ -107,6 +113,78 @@ def judge_check(
         typer.echo(json.dumps(found))
 
 
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA or DoRA adapter.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model; new or empty.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="The base model.", show_default="what the adapter names")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the base's own), float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Merge an adapter into its base model: safetensors, tokenizer, generation config and chat template."""
+    from spalign.training.merge import merge as merge_adapter
+
+    done = merge_adapter(adapter, out, model=model, dtype=dtype)
+    typer.echo(_shown(f"merged into {out}: {done.parameters / 1e6:,.1f}M parameters, {done.dtype}, {done.modules} modules changed"))
+
+
+@app.command("estimate")
+def estimate_command(  # noqa: PLR0913, PLR0917  an option each
+    model: Annotated[str, typer.Option(help="llama-8b, llama-70b, demo, or a local folder with a config.json.")],
+    method: Annotated[str, typer.Option(help="full, lora, dora or qlora (4-bit base).")] = "full",
+    rank: Annotated[int, typer.Option(help="The adapter's rank.")] = 16,
+    devices: Annotated[int, typer.Option(help="How many devices.")] = 1,
+    device: Annotated[str, typer.Option(help="h200, h100, a100, or cpu (with --gflops).")] = "h200",
+    sharding: Annotated[str, typer.Option(help="ddp, fsdp2 or zero3.")] = "ddp",
+    prompts: Annotated[int, typer.Option(help="Training prompts.")] = 10_000,
+    responses: Annotated[int, typer.Option(help="Responses a prompt.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
+    response_tokens: Annotated[int, typer.Option(help="Tokens of a response.")] = 512,
+    prompts_per_forward: Annotated[int, typer.Option(help="Prompts in a device's forward pass.")] = 1,
+    prompts_per_step: Annotated[
+        int | None, typer.Option(help="Prompts in an optimiser step, over all devices.", show_default="from 8 on")
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Keep layer inputs alone; one forward more.")] = False,
+    epochs: Annotated[float, typer.Option(help="Passes over the prompts.")] = 1.0,
+    efficiency: Annotated[float, typer.Option(help="Share of the device's peak that is reached: an assumption.")] = 0.5,
+    network_gb: Annotated[float, typer.Option(help="GB/s between nodes, a device, in one direction: an assumption.")] = 50.0,
+    gflops: Annotated[float | None, typer.Option(help="The device's bf16 GFLOP/s.", show_default="the data sheet's")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="The device's memory.", show_default="the data sheet's")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the table.")] = False,
+) -> None:
+    """Say what memory and time training will need, and what to change if it does not fit. Loads no model."""
+    import json
+
+    from rich.console import Console
+
+    from spalign.training.estimate import estimate, plan_from, print_estimate
+
+    plan = plan_from(
+        model,
+        device,
+        gflops=gflops,
+        memory_gb=memory_gb,
+        method=method,
+        rank=rank,
+        devices=devices,
+        sharding=sharding,
+        prompts=prompts,
+        responses=responses,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        prompts_per_forward=prompts_per_forward,
+        prompts_per_step=prompts_per_step,
+        checkpointing=checkpointing,
+        epochs=epochs,
+        efficiency=efficiency,
+        network=network_gb * 1e9,
+    )
+    found = estimate(plan)
+    if json_:
+        typer.echo(json.dumps(found.as_dict()))
+    else:
+        print_estimate(found, Console())
+
+
 @app.callback(invoke_without_command=True)
 def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -135,7 +213,7 @@ def main() -> None:
         typer.echo("\ninterrupted; what is finished is kept: the same command goes on", err=True)
         sys.exit(130)
     except SpalignError as e:
-        kind = "stopped" if e.exit_code == 3 else "error"
+        kind = "stopped" if e.exit_code in (3, 4) else "error"
         typer.echo(f"{kind}: {_shown(str(e))}", err=True)
         sys.exit(e.exit_code)
 

@@ -19,6 +19,9 @@ from spalign.yamlfile import Location, build, load_yaml
 
 Scorer = Literal["auto", "likert", "likert_expected", "yes_no_zero", "yes_no", "contrastive", "pmi", "probe", "pairwise", "ensemble"]
 PositiveInt = Annotated[int, Field(gt=0)]
+HUB_ID = r"^([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*$"
+OUTLETS = {"report_to", "push_to_hub"}
+"""Options of `train` that say where things go; they change nothing that is made."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -153,6 +156,10 @@ class LoraConfig(_Part):
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = "all-linear"
+    dora: bool = False
+    """Weight-decomposed: direction by the adapter, magnitude by itself. vLLM serves it only merged."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
 
 
 class GuardConfig(_Part):
@@ -164,6 +171,10 @@ class GuardConfig(_Part):
     """Mean words may grow or shrink by this factor."""
     max_repetition_rise: Annotated[float, Field(gt=0)] = 0.15
     """Rise of the share of repeated word 3-grams."""
+    max_kl: Annotated[float, Field(gt=0)] = 1.0
+    """KL divergence of the policy from the one before training, nats a token of its answers then."""
+    max_chosen_drop: Annotated[float, Field(gt=0)] = 1.0
+    """Fall of the chosen responses' mean log-probability, nats a token: both sides of the pairs become unlikely."""
 
 
 class TrainConfig(_Part):
@@ -186,6 +197,18 @@ class TrainConfig(_Part):
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
     guard: GuardConfig = GuardConfig()
+    keep_checkpoints: Annotated[int, Field(ge=0)] = 3
+    """Checkpoints before the last whose weights are kept until the priority gate has passed; what it can propose where it fails."""
+    report_to: list[str] = []
+    """Trackers, named as in transformers: tensorboard, wandb, trackio, mlflow, ... Each must be installed."""
+    push_to_hub: Annotated[str, Field(pattern=HUB_ID, max_length=96)] | None = None
+    """Hub repository that gets the model after the run; made private where it is new. The key is HF_TOKEN in the environment."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        """So that `--set train.report_to=wandb` is enough."""
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _whole_forwards(self) -> Self:
@@ -194,13 +217,24 @@ class TrainConfig(_Part):
         return self
 
 
+class GateConfig(_Part):
+    """The priority gate: a model whose primary objective is not shown to hold is not handed over."""
+
+    enabled: bool = True
+    margin: Annotated[float, Field(gt=0, le=10)] = 0.5
+    """The primary's held-out mean may fall by less than this, in score points (0-10)."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """Of the one-sided lower bound that must lie above -margin."""
+
+
 class EvaluationConfig(_Part):
     """Before and after, on held-out prompts, judged by the frozen iteration-0 policy."""
 
     samples: PositiveInt = 2
     temperature: Annotated[float, Field(ge=0)] = 0.7
     bootstrap: Annotated[int, Field(ge=100)] = 2000
-    """Resamples of prompts for the 95% intervals."""
+    """Resamples of prompts for the 95% intervals and the gate's bound."""
+    gate: GateConfig = GateConfig()
 
 
 class RunConfig(_Part):
@@ -234,6 +268,10 @@ class RunConfig(_Part):
     @property
     def folder(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    def on_record(self) -> dict[str, Any]:
+        """The configuration without what changes nothing that is made: leave to go on with a weak judge, trackers, the hub."""
+        return self.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}, "train": OUTLETS})
 
     def with_recipe(self, recipe: str) -> RunConfig:
         """This run under another recipe: only the options in which recipes differ change."""

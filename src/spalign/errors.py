@@ -8,8 +8,10 @@ SpalignError                 where, what, and what to do (exit code 2)
 |-- EngineError              an engine that lacks what a stage needs, or failed
 |-- RunFolderError           the run folder: locked, read-only, full, or of another run
 |-- DataError                preference rows that cannot be trained on
+|-- HubError                 the model could not be pushed to the hub; the run is done and kept
 |-- WeakJudge                the judge cannot tell good answers from bad ones well enough (exit code 3)
-`-- NothingToTrainOn         no pair survived, or training left no model (exit code 3)
+|-- NothingToTrainOn         no pair survived, or training left no model (exit code 3)
+`-- PriorityLost             the trained model's primary objective is not shown to hold (exit code 4)
 """
 
 from __future__ import annotations
@@ -57,6 +59,10 @@ class DataError(SpalignError):
     """Preference rows cannot be trained on."""
 
 
+class HubError(SpalignError):
+    """The finished run's model could not be pushed; everything stays in the run folder."""
+
+
 class WeakJudge(SpalignError):
     """Labelled answers show that the judge does not tell good from bad well enough to align on it."""
 
@@ -67,3 +73,9 @@ class NothingToTrainOn(SpalignError):
     """No pair survived denoising and pairing, or training left no model that can be handed over."""
 
     exit_code = 3
+
+
+class PriorityLost(SpalignError):
+    """Training ended, and the primary objective is lost or not shown to hold: the model is kept under another name, not handed over."""
+
+    exit_code = 4

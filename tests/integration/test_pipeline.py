@@ -331,12 +331,12 @@ def test_lora_hands_over_an_adapter_and_a_merged_model_that_say_the_same(tmp_pat
     from transformers import AutoModelForCausalLM
 
     full = settings(tmp_path, tiny_model, ["keep"] * 2).model_dump()
-    config = config_from(full, ("train.lora={r: 4}", "train.learning_rate=0.001"))  # as --set gives them
+    config = config_from(full, ("train.lora={r: 4}", "train.learning_rate=0.001", "train.guard.max_kl=9"))  # as --set gives them
     summary = run(config, make_engine=engine).summary
     assert summary is not None
     assert summary["iterations"][0]["training"]["collapsed"] is None
     stage = config.folder / "iteration-1/6-train"
-    assert {p.name for p in (stage / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (stage / "adapter").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert json.loads((stage / "adapter/adapter_config.json").read_text())["r"] == 4
     base, merged = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32).eval() for m in (tiny_model, stage / "model"))
     ids = torch.arange(100, 164)[None]

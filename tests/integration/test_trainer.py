@@ -785,7 +785,7 @@ def test_passing_probes_save_checkpoints_also_after_the_last_step(tmp_path: Path
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-7"]
     assert trainer.state.global_step == 7
     assert guard.collapsed is None
-    assert probes(trainer) == [{"step": s, "words": 50, "repetition": 0.1, "empty": 0.0} for s in (2, 4, 6, 7)]
+    assert probes(trainer) == [{"step": s, "words": 50, "repetition": 0.1, "empty": 0.0, "kl": 0.0, "chosen": 0.0} for s in (2, 4, 6, 7)]
 
 
 @pytest.mark.parametrize("saving", STRATEGIES)
@@ -839,22 +839,62 @@ def workers() -> Iterator[list[subprocess.Popen[str]]]:
         p.wait()
 
 
-def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
-    # a step of four prompts: two ranks with two micro-batches of one, against one rank with one of four
+def start_ranks(workers: list[subprocess.Popen[str]], what: str, folder: Path) -> None:
+    """Two ranks on loopback, each this file as a program."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     for rank in "01":
         env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, __file__, str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    model = llama()
-    alone = trainer_for(tmp_path / "alone", model, EIGHT, per_device_train_batch_size=4, **ddp_settings())
-    alone.train()
+        command = [sys.executable, __file__, what, str(folder)]
+        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+
+def join_ranks(workers: list[subprocess.Popen[str]]) -> None:
     for p in workers:
         out, _ = p.communicate(timeout=120)
         assert p.returncode == 0, out
+
+
+def test_fsdp2_gives_the_numbers_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
+    # weights, the tied head's among them, spread over two ranks; each rank runs two of the four groups
+    start_ranks(workers, "fsdp2", tmp_path)
+    model = llama(tie_word_embeddings=True)
+    layout = prepare(model)
+    means = [response_logps(model, collate(GROUPS[r::2], layout=layout, pad=PAD))[0] for r in range(2)]
+    torch.cat(means).sum().backward()
+    join_ranks(workers)
+    for r in range(2):
+        found = load_file(tmp_path / f"rank{r}.safetensors")
+        assert torch.allclose(found["logps"], means[r].detach(), rtol=1e-6)
+        assert gap(found["gradient"], gradient(model)) < 1e-6
+
+
+def fsdp2_worker(folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
+    model = llama(tie_word_embeddings=True)
+    layout = prepare(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    means, _ = response_logps(model, collate(GROUPS[rank::2], layout=layout, pad=PAD))
+    means.sum().backward()
+    whole = torch.cat([p.grad.full_tensor().reshape(-1) for p in model.parameters()]) * 2  # FSDP averages over ranks
+    save_file({"logps": means.detach(), "gradient": whole}, folder / f"rank{rank}.safetensors")
+    del model, means
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
+    # a step of four prompts: two ranks with two micro-batches of one, against one rank with one of four
+    start_ranks(workers, "ddp", tmp_path)
+    model = llama()
+    alone = trainer_for(tmp_path / "alone", model, EIGHT, per_device_train_batch_size=4, **ddp_settings())
+    alone.train()
+    join_ranks(workers)
     together = [load_file(tmp_path / f"rank{r}.safetensors")["weights"] for r in "01"]
     assert torch.equal(together[0], together[1])
     assert gap(weights(model), weights(llama())) > 1e-3  # it moved
@@ -863,7 +903,7 @@ def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subproc
     assert losses == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-5)
 
 
-def worker(folder: Path) -> None:
+def ddp_worker(folder: Path) -> None:
     rank = os.environ["RANK"]
     model = llama()
     trainer = trainer_for(
@@ -881,4 +921,4 @@ def worker(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    {"ddp": ddp_worker, "fsdp2": fsdp2_worker}[sys.argv[1]](Path(sys.argv[2]))

@@ -50,6 +50,21 @@ def test_repetition(repetition: float, found: str | None) -> None:
     assert after(repetition=repetition) == found
 
 
+@pytest.mark.parametrize(
+    ("kl", "chosen", "found"),
+    [  # bounds of 1 nat a token each, before at 0 and -1.5; a gain of the chosen is fine, a number that is none is not
+        (1.0, -2.5, None),
+        (0.0, -0.5, None),
+        (1.01, -1.5, "drift: KL from the policy before training is 1.01 nats a token"),
+        (0.0, -2.51, "chosen responses became unlikely: from -1.50 to -2.51 nats a token"),
+        (float("nan"), -1.5, "drift: KL from the policy before training is nan nats a token"),
+    ],
+)
+def test_drift_and_likelihood(kl: float, chosen: float, found: str | None) -> None:
+    config = GuardConfig(max_kl=1.0, max_chosen_drop=1.0)
+    assert collapse(Probe(80, 0.1, 0.05, 0.0, -1.5), Probe(80, 0.1, 0.05, kl, chosen), config) == found
+
+
 @pytest.mark.parametrize(("empty", "found"), [(0.14, None), (0.16, "empty answers: 5% before, 16% now"), (0.0, None)])
 def test_empty_answers(empty: float, found: str | None) -> None:
     assert after(empty=empty) == found

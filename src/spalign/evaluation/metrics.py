@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spalign.text import words
 
@@ -46,11 +47,15 @@ class Interval:
 
 def bootstrap_mean(values: Sequence[float], *, resamples: int, seed: int) -> Interval:
     """Mean of `values` (one per prompt) with the 2.5 and 97.5 percentiles of the means of resampled prompts. Raises ValueError if empty."""
+    low, high = np.quantile(resampled_means(values, resamples=resamples, seed=seed), [0.025, 0.975])
+    return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def resampled_means(values: Sequence[float], *, resamples: int, seed: int) -> NDArray[np.float64]:
+    """(resamples,): means of `values` drawn with replacement. Raises ValueError if empty."""
     if not values:
         raise ValueError("no values to take a mean of")
-    x = np.asarray(values, dtype=float)
+    x = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     block = max(1, 4_000_000 // len(x))  # resamples at a time, to bound memory
-    means = np.concatenate([x[rng.integers(0, len(x), (min(block, resamples - i), len(x)))].mean(1) for i in range(0, resamples, block)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(x.mean()), float(low), float(high))
+    return np.concatenate([x[rng.integers(0, len(x), (min(block, resamples - i), len(x)))].mean(1) for i in range(0, resamples, block)])

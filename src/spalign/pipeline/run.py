@@ -18,10 +18,12 @@ from spalign.errors import ConfigError, RunFolderError
 from spalign.pipeline.context import Context, EngineFactory, Policy, Step
 from spalign.pipeline.data import data_steps, reference_steps
 from spalign.pipeline.evaluate import evaluation_steps
+from spalign.pipeline.gate import gate_step, lost, priority_lost, reopen, settle
 from spalign.pipeline.judging import Judging
+from spalign.pipeline.publish import check_outlets, publish
 from spalign.pipeline.summary import summarise
 from spalign.pipeline.train import train_step
-from spalign.report import Progress
+from spalign.report import Progress, print_summary
 from spalign.store import RunFolder, write_atomic, write_json
 from spalign.types import Prompt
 
@@ -50,20 +52,31 @@ def run(
 
     mode: `auto` starts, or goes on where an unchanged configuration stopped; `resume` goes on also under a changed configuration, doing
     again what depends on the change; `fresh` sets an old folder aside. make_engine: for engines of your own (default: transformers).
-    Raises SpalignError with the fix; NothingToTrainOn (exit code 3) where no pair survives.
+    Raises SpalignError with the fix; NothingToTrainOn (exit code 3) where no pair survives; PriorityLost (exit code 4), with the summary
+    written and shown, where the priority gate does not pass.
     """
     ui = ui or Progress(quiet=True)
     context = _prepare(config, ui, make_engine)
     folder = context.folder
     steps, models, judging = _plan(context)  # a model that is not there leaves no trace in the folder
+    trained = [s.stage for s in steps if s.name == "train"]
     _claim(context, mode)
     try:
         if only is not None:
+            reopen(trained[:-1])
             return _one_stage(context, steps, only)
         _write_config(context)
+        if any(s.stage.manifest() is None for s in steps):
+            reopen(trained)
         new = _do(steps)
+        settle(trained, next(s.stage for s in steps if s.name == "gate"))
         summary = summarise(context, steps, models, judging)
         write_json(folder.path / "summary.json", summary)
+        publish(context, summary)
+        if lost(summary["gate"]):
+            if not context.ui.quiet:
+                print_summary(summary, context.ui.console)
+            raise priority_lost(summary["gate"])
         return Outcome(folder.path, summary, new)
     finally:
         folder.close()
@@ -77,7 +90,7 @@ def _plan(run: Context) -> tuple[list[Step], list[Policy], Judging]:
     run.reference_judge = _other(run, own.reference_judge, policy)
     steps: list[Step] = []
     first: Judging | None = None
-    policies = [policy]
+    start, policies = policy, [policy]
     for iteration, prompts in enumerate(_prompts_by_iteration(run), 1):
         base = f"iteration-{iteration}"
         data, judging = data_steps(run, base, policy, prompts, iteration)
@@ -85,11 +98,12 @@ def _plan(run: Context) -> tuple[list[Step], list[Policy], Judging]:
         paired = next(s.stage for s in data if s.name == "pair")
         trained = train_step(run, base, policy, paired, prompts)
         steps += [*data, trained]
-        policy = Policy(str(trained.stage.folder / "model"), trained.stage.digest, run.make_engine)
+        start, policy = policy, Policy(str(trained.stage.folder / "model"), trained.stage.digest, run.make_engine)
         policies.append(policy)
     assert first is not None
     before = evaluation_steps(run, "before", frozen, first)
-    steps += [*before, *evaluation_steps(run, "after", policy, first, rivals=before[0].stage)]
+    after = evaluation_steps(run, "after", policy, first, rivals=before[0].stage)
+    steps += [*before, *after, gate_step(run, first, before, after[-1].stage, [s.stage for s in steps if s.name == "train"], start)]
     if run.reference_judge:
         steps += reference_steps(run, "iteration-1", next(s.stage for s in steps if s.name == "sample"))
     return steps, policies, first
@@ -141,6 +155,7 @@ def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:
 
 def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) -> Context:
     """Everything that can be checked before a model is loaded."""
+    check_outlets(config)
     constitution = config.constitution_for_run()
     for recipe in config.compare:
         config.with_recipe(recipe).constitution_for_run()
@@ -201,9 +216,8 @@ def _flat(value: Any, at: str = "") -> list[str]:
 
 
 def _on_record(run: Context) -> dict[str, dict[str, Any]]:
-    """What the folder says of how it was made. Leave to go on with a weak judge changes nothing that was made."""
-    config = run.config.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}})
-    return {"config.yaml": config, "constitution.yaml": run.constitution.model_dump(mode="json")}
+    """What the folder says of how it was made."""
+    return {"config.yaml": run.config.on_record(), "constitution.yaml": run.constitution.model_dump(mode="json")}
 
 
 def _write_config(run: Context) -> None:

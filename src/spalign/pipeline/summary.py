@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spalign import prompts as prompt_sets
+from spalign.config import OUTLETS
 from spalign.evaluation import Check, agreement, compare
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.pipeline.evaluate import groups_of
+from spalign.pipeline.gate import FAILED, lost
 from spalign.pipeline.judging import Judging
 from spalign.store import digest, read_json, versions
+from spalign.types import Prompt
 
 SCHEMA = 1
 TRANSCRIPTS = 3
@@ -21,24 +25,34 @@ TRANSCRIPTS = 3
 def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy], judging: Judging) -> dict[str, Any]:
     """The summary of a finished run, from its manifests and the judged held-out answers."""
     done = {str(s.stage.folder.relative_to(run.folder.path)): s.stage.manifest() or {} for s in steps}
-    key = digest([SCHEMA, run.config.model_dump(mode="json"), *(s.stage.digest for s in steps)])
+    key = digest([SCHEMA, run.config.on_record(), *(s.stage.digest for s in steps)])
     if (old := read_json(run.folder.path / "summary.json")) and old.get("digest") == key:
         return dict(old)
     own_pairs = [(w, m) for w, m in done.items() if w.endswith("/5-pair") and "/compare-" not in w]
     trained = [m for w, m in done.items() if w.endswith("/6-train")]
     before, after = (groups_of(next(s.stage for s in steps if s.name == f"evaluation-{w}-judge")) for w in ("before", "after"))
     names = [o.name for o in run.objectives]
-    comparison = compare(before, after, names, resamples=run.config.evaluation.bootstrap, seed=run.config.seed)
+    settings = run.config.evaluation
+    comparison = compare(before, after, names, resamples=settings.bootstrap, seed=run.config.seed, gate=settings.gate)
     measures = comparison.to_json()
+    folder = [s.stage.folder for s in steps if s.name == "train"][-1]
+    gate = _gate(done["evaluation/gate"]["gate"], folder)
     return {
         "schema": SCHEMA,
         "digest": key,
         "name": run.config.name,
         "model": run.config.model,
         "model_fingerprint": policies[0].digest,
-        "model_path": str(Path(policies[-1].name)),
+        "model_path": None if lost(gate) else str(folder / "model"),
+        "gate": gate,
         "constitution": {"name": run.constitution.name, "sha256": run.constitution.sha256(), "objectives": names},
         "recipe": run.config.recipe,
+        "prompts": {
+            "train": _prompts(run.config.prompts.train.source, run.train_prompts),
+            "heldout": _prompts(run.config.prompts.heldout.source, run.heldout_prompts),
+        },
+        "seed": run.config.seed,
+        "train": run.config.train.model_dump(mode="json", exclude=OUTLETS),
         "funnel": own_pairs[-1][1]["funnel"],
         "iterations": [
             {
@@ -68,6 +82,21 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy], j
         "tokens": {where: m["tokens"] for where, m in done.items() if m.get("tokens")},
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "versions": versions(),
+    }
+
+
+def _prompts(source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    kind = "shipped" if source in prompt_sets.shipped_sets() else "file" if Path(source).exists() else "hub"
+    return {"source": source, "kind": kind, "count": len(prompts), "sha256": prompt_sets.sha256(prompts)}
+
+
+def _gate(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the gate found, with the folders of the model that failed and of the checkpoint that is proposed for it."""
+    step = facts["proposed"]
+    return {
+        **facts,
+        "proposed": None if step is None else {"step": step, "path": str(folder / f"model-checkpoint-{step}")},
+        "failed_path": str(folder / f"model{FAILED}") if lost(facts) else None,
     }
 
 

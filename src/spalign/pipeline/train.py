@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spalign.config import OUTLETS
 from spalign.errors import NothingToTrainOn, RunFolderError
 from spalign.evaluation import repetition
 from spalign.pipeline.context import Context, Policy, Step
@@ -17,11 +19,17 @@ from spalign.report.terminal import print_funnel
 from spalign.store import Stage, clear_errors, read_json, write_json
 from spalign.types import Prompt
 
+KEPT = "kept"
+"""Beside `checkpoints`, which ends with training: the weights of the last ones, until the priority gate has passed."""
+
 
 def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: Sequence[Prompt]) -> Step:
     """Trains `policy` on the pairs of `paired`; the model lands in `6-train/model`, safetensors only."""
-    inputs = {"from": paired.digest, "policy": policy.digest, "train": run.config.train.model_dump(), "seed": run.config.seed}
+    settings = run.config.train.model_dump(exclude={"keep_checkpoints", *OUTLETS})
+    inputs = {"from": paired.digest, "policy": policy.digest, "train": settings, "seed": run.config.seed}
     stage = run.folder.stage(f"{base}/6-train", inputs)
+    gated = run.config.evaluation.gate.enabled and base == f"iteration-{run.config.iterations}"  # only the last model is
+    keep = run.config.train.keep_checkpoints if gated else 0
 
     def do() -> dict[str, Any]:
         funnel = (paired.manifest() or {})["funnel"]
@@ -37,6 +45,7 @@ def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: 
 
         def saved() -> None:
             stage.note(seconds=seconds(), tokens=0)
+            keep_weights(stage.folder, keep)
 
         with clear_errors(stage.folder):
             facts = (read_json(stage.folder / "log.json") or {}).get("result")  # written last: training is over, only the rest is missing
@@ -46,6 +55,7 @@ def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: 
                         other.free()
                 facts = _train(run, base, policy, list(paired.rows()), prompts, stage.folder, saved)
             shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(stage.folder / KEPT / f"checkpoint-{facts['steps_kept']}", ignore_errors=True)  # it is `model`
         return stage.finish(seconds=seconds(), **facts)
 
     return Step("train", stage, do)
@@ -90,8 +100,8 @@ def _train(
     device = device_of(run.config.engine)
     bf16 = fast_bf16(device) and run.config.engine.dtype != "float32"
     model, tokenizer = load_model(policy.name, run.config.engine, dtype=torch.float32)
-    _check_space(model, folder, adapter=train.lora is not None)
-    probe = _probe(run, tokenizer, prompts, torch.bfloat16 if bf16 else None)
+    _check_space(model, folder, adapter=train.lora is not None, keep=train.keep_checkpoints if run.config.evaluation.gate.enabled else 0)
+    probe = _probe(run, tokenizer, prompts, rows, torch.bfloat16 if bf16 else None)
     before = probe(model)
     guard = CollapseGuard(probe, before, train.guard)
     args = SPAConfig(
@@ -113,11 +123,13 @@ def _train(
         data_seed=run.config.seed,
         save_strategy="no",  # the guard asks for a checkpoint after every probe that passes
         save_total_limit=2,
-        report_to="none",
+        report_to=list(train.report_to) or "none",
+        run_name=f"{run.config.name}/{base}",
         disable_tqdm=True,
         dataloader_pin_memory=device != "cpu",
     )
-    trainer = SPATrainer(model, args, rows, tokenizer, peft_config=_lora(run), callbacks=[guard])
+    with _logs_beside(folder):
+        trainer = SPATrainer(model, args, rows, tokenizer, peft_config=_lora(run), callbacks=[guard])
     steps = _fit(trainer, guard, run, base, _last_checkpoint(folder / "checkpoints"), saved)
     best = _last_checkpoint(folder / "checkpoints")
     if best is None:
@@ -125,7 +137,7 @@ def _train(
             f"training collapsed before its first checkpoint ({guard.collapsed}); no model is handed over",
             hint="lower train.learning_rate, or set train.guard.every_steps lower to keep an earlier checkpoint",
         )
-    _hand_over(best, folder, policy, run, tokenizer)
+    hand_over(best, folder, policy, run)
     history = [h for h in trainer.state.log_history if "loss" in h]
     probes = [h for h in trainer.state.log_history if "repetition" in h]
     result = {
@@ -139,6 +151,20 @@ def _train(
     }
     write_json(folder / "log.json", {"result": result, "steps": history, "guard": {"before": asdict(before), "probes": probes}})
     return result
+
+
+@contextlib.contextmanager
+def _logs_beside(folder: Path) -> Iterator[None]:
+    """TensorBoard's callback reads its folder from the environment when it is made; its default would go with the checkpoints."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder / "tensorboard")
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _fit(trainer: Any, guard: Any, run: Context, base: str, checkpoint: Path | None, saved: Callable[[], None]) -> int:
@@ -164,8 +190,11 @@ def _fit(trainer: Any, guard: Any, run: Context, base: str, checkpoint: Path | N
     return int(trainer.state.global_step)
 
 
-def _probe(run: Context, tokenizer: Any, prompts: Sequence[Prompt], autocast: Any) -> Callable[[Any], Any]:
-    """The guard's probe: the model in training answers a few training prompts, always the same and with the same seeds."""
+def _probe(run: Context, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequence[dict[str, Any]], autocast: Any) -> Callable[[Any], Any]:
+    """The guard's probe: the model in training answers a few training prompts, always the same and with the same seeds.
+
+    Its first call, before training, keeps its answers: what their log-probabilities lose later is the drift.
+    """
     from spalign.engines.transformers import TransformersEngine
     from spalign.rollout import sample
     from spalign.training.guard import Probe
@@ -173,19 +202,31 @@ def _probe(run: Context, tokenizer: Any, prompts: Sequence[Prompt], autocast: An
     few = list(prompts[:: max(1, len(prompts) // run.config.train.guard.prompts)])[: run.config.train.guard.prompts]
     bare = run.constitution.bare()
     config = run.config.sample.model_copy(update={"n": 1})
+    chosen = [(r["prompt_ids"], r["chosen_ids"]) for r in rows[:: max(1, len(rows) // len(few))]][: len(few)]
+    own: list[tuple[Any, Any]] = []  # the first answers, as (prompt ids, answer ids)
+    first: list[float] = []
 
     def probe(model: Any) -> Probe:
         training = model.training
         model.eval()
         engine = TransformersEngine(getattr(model, "module", model), tokenizer, batch_size=run.config.engine.batch_size)
         engine.autocast = autocast
-        answers = [r for g in sample(engine, few, bare, config, seed=run.config.seed, purpose="probe") for r in g.candidates]
+        groups = sample(engine, few, bare, config, seed=run.config.seed, purpose="probe")
+        answers = [r for g in groups for r in g.candidates]
+        if not own:
+            system = bare.system_variants[0].text
+            own.extend((engine.encode_chat(g.prompt.with_system(system)), r.token_ids) for g in groups for r in g.candidates if r.token_ids)
+        logps = [x for y in engine.loglikelihood(own) for x in y or ()]
+        first.extend(logps if not first else [])
+        likely = [x for y in engine.loglikelihood(chosen) for x in y or ()]
         model.train(training)
         n = len(answers)
         return Probe(
             words=sum(r.words for r in answers) / n,
             repetition=sum(repetition(r.text) for r in answers) / n,
             empty=sum(not r.text.strip() for r in answers) / n,
+            kl=(sum(first) - sum(logps)) / max(1, len(logps)),
+            chosen=sum(likely) / max(1, len(likely)),
         )
 
     return probe
@@ -197,53 +238,111 @@ def _lora(run: Context) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        task_type="CAUSAL_LM",
+    )
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; trainer_state.json is what transformers writes last."""
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; trainer_state.json is what transformers writes last."""
     found = []
     for p in folder.glob("checkpoint-*"):
         with contextlib.suppress(RunFolderError):  # torn by a kill
             if read_json(p / "trainer_state.json"):
                 found.append(p)
-    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    return sorted(found, key=step_of)
 
 
-def _hand_over(checkpoint: Path, folder: Path, policy: Policy, run: Context, tokenizer: Any) -> None:
-    """The checkpoint's model as `model/` (and `adapter/` where one was trained, merged into `model/`)."""
-    import torch
+def _last_checkpoint(folder: Path) -> Path | None:
+    return next(reversed(_whole_checkpoints(folder)), None)
 
-    target = folder / "model"
-    shutil.rmtree(target, ignore_errors=True)
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def keep_weights(folder: Path, keep: int) -> None:
+    """Weights of the newest checkpoint and of `keep` before it, in `kept/`: links where the file system has them, so they cost no space
+    while the checkpoint itself is there, and stay when the trainer removes that."""
+    if not keep:
+        return
+    with clear_errors(folder):
+        for checkpoint in _whole_checkpoints(folder / "checkpoints"):
+            target = folder / KEPT / checkpoint.name
+            if target.exists():
+                continue
+            half = target.with_name(target.name + ".tmp")
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir(parents=True)
+            for file in _weights(checkpoint):
+                _link(file, half / file.name)
+            half.rename(target)
+        for old in kept_checkpoints(folder)[keep + 1 :]:
+            shutil.rmtree(old)
+
+
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """What `keep_weights` has kept, newest first."""
+    return sorted((p for p in (folder / KEPT).glob("checkpoint-*") if p.suffix != ".tmp"), key=step_of, reverse=True)
+
+
+def _weights(checkpoint: Path) -> list[Path]:
+    return [f for f in checkpoint.iterdir() if f.suffix in {".safetensors", ".json"} and f.name != "trainer_state.json"]
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(file)
+    except OSError:  # a file system without links
+        shutil.copy2(file, target)
+
+
+def hand_over(checkpoint: Path, folder: Path, policy: Policy, run: Context, suffix: str = "") -> Path:
+    """The checkpoint's model as `model{suffix}/` (and `adapter{suffix}/` where one was trained on `policy`, merged into the model).
+
+    The model appears whole or not at all; one that is there is replaced.
+    """
+    from transformers import AutoTokenizer
+
+    from spalign.engines.models import resolve
+
+    target, adapter = folder / f"model{suffix}", folder / f"adapter{suffix}"
+    half = target.with_name(target.name + ".tmp")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
     if (checkpoint / "adapter_config.json").exists():
-        from peft import PeftModel
+        from spalign.training.merge import merge
 
-        from spalign.engines.loading import load_model
-
-        model, _ = load_model(policy.name, run.config.engine.model_copy(update={"device": "cpu"}), dtype=torch.float32)
-        merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
-        merged.save_pretrained(target)
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
-        (folder / "adapter").mkdir()
+        merge(checkpoint, half, model=policy.name, dtype="float32", trust_remote_code=run.config.engine.trust_remote_code)
+        shutil.rmtree(adapter, ignore_errors=True)
+        adapter.mkdir()
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy2(checkpoint / name, folder / "adapter" / name)
+            shutil.copy2(checkpoint / name, adapter / name)
     else:
-        target.mkdir()
-        for file in checkpoint.iterdir():  # copied, not moved: the checkpoint stays whole until the stage is done
-            if file.suffix in {".safetensors", ".json"} and file.name != "trainer_state.json":
-                shutil.copy2(file, target / file.name)
-    tokenizer.save_pretrained(target)
+        for file in _weights(checkpoint):  # copied, not moved: the checkpoint stays whole until the stage is done
+            shutil.copy2(file, half / file.name)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(policy.name), trust_remote_code=run.config.engine.trust_remote_code)
+    tokenizer.save_pretrained(half)
+    shutil.rmtree(target, ignore_errors=True)
+    half.rename(target)
+    return target
 
 
-def _check_space(model: Any, folder: Path, *, adapter: bool) -> None:
-    """Refuse to begin where the checkpoints (weights and two moments, twice; of an adapter next to nothing) and the model cannot fit."""
+def _check_space(model: Any, folder: Path, *, adapter: bool, keep: int) -> None:
+    """Refuse to begin where the checkpoints cannot fit: weights and two moments, three times while one replaces the oldest, and the kept
+    weights that are no link to one of them; of an adapter next to nothing, but its merged model."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    need = (1.2 if adapter else 7) * weights - there
+    there = sum({(s := f.stat()).st_ino: s.st_size for f in folder.rglob("*") if f.is_file()}.values())  # a link is no second file
+    need = (1.2 if adapter else 9 + max(0, keep - 1)) * weights - there
     free = shutil.disk_usage(folder).free
     if free < need:
         raise RunFolderError(
             f"{folder}: training needs up to {need / 1e9:.1f} GB for checkpoints, {free / 1e9:.1f} GB are free",
-            hint="free some space, or choose another runs_dir; everything finished is kept",
+            hint="free some space, or choose another runs_dir, or lower train.keep_checkpoints; everything finished is kept",
         )

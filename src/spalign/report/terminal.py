@@ -161,4 +161,22 @@ def _cost(summary: dict[str, Any], console: Console) -> None:
             Text(f"self-evaluation of the candidates took {summary['scoring_share']:.0%} of the time of sampling them", style="dim")
         )
     console.print(Text(f"peak memory {summary['peak_rss_bytes'] / 1e9:.1f} GB", style="dim"))
-    console.print(Text(f"model: {summary['model_path']}", style="bold"))
+    _gate(summary, console)
+
+
+def _gate(summary: dict[str, Any], console: Console) -> None:
+    """Whether the model is handed over, and where what is handed over lies."""
+    gate = summary["gate"]
+    unenforced = "" if gate["enforced"] else " (evaluation.gate.enabled is false: handed over all the same)"
+    if gate["passed"]:
+        console.print(Text(f"priority gate passed: {_safe(gate['text'])}{unenforced}", style="green"))
+    else:
+        console.print(Text(f"PRIORITY GATE FAILED ({gate['verdict']}): {_safe(gate['text'])}{unenforced}", style="bold red"))
+    for c in gate["checkpoints"]:
+        console.print(Text(f"  checkpoint {c['step']}: {'passes' if c['passed'] else c['verdict']}; {_safe(c['text'])}"))
+    if summary["model_path"] is None:
+        console.print(Text(f"no model is handed over; the one that failed is kept: {gate['failed_path']}", style="bold red"))
+        if gate["proposed"]:
+            console.print(Text(f"proposed, checkpoint {gate['proposed']['step']}: {gate['proposed']['path']}", style="bold"))
+    else:
+        console.print(Text(f"model: {summary['model_path']}", style="bold"))

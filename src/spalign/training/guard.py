@@ -13,25 +13,34 @@ from spalign.config import GuardConfig
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """words: mean per answer. repetition: share of repeated word 3-grams. empty: share of blank answers."""
+    """words: mean per answer. repetition: share of repeated word 3-grams. empty: share of blank answers.
+
+    kl: nats a token that the policy's answers before training have lost: an estimate of KL(before || now), its samples being drawn before.
+    chosen: mean nats a token of some chosen responses.
+    """
 
     words: float
     repetition: float
     empty: float
+    kl: float = 0.0
+    chosen: float = 0.0
 
 
 def collapse(before: Probe, now: Probe, config: GuardConfig) -> str | None:
     """What has collapsed, in words, or None."""
     ratio = now.words / before.words if before.words else (float("inf") if now.words else 1.0)
-    if ratio < 1 / config.max_length_ratio:
-        return f"length collapse: answers fell from {before.words:.0f} to {now.words:.0f} words"
-    if ratio > config.max_length_ratio:
-        return f"length explosion: answers grew from {before.words:.0f} to {now.words:.0f} words"
-    if now.repetition - before.repetition > config.max_repetition_rise:
-        return f"repetition: repeated 3-grams rose from {before.repetition:.0%} to {now.repetition:.0%}"
-    if now.empty - before.empty > 0.1:
-        return f"empty answers: {before.empty:.0%} before, {now.empty:.0%} now"
-    return None
+    found = {
+        f"length collapse: answers fell from {before.words:.0f} to {now.words:.0f} words": ratio < 1 / config.max_length_ratio,
+        f"length explosion: answers grew from {before.words:.0f} to {now.words:.0f} words": ratio > config.max_length_ratio,
+        f"repetition: repeated 3-grams rose from {before.repetition:.0%} to {now.repetition:.0%}": now.repetition - before.repetition
+        > config.max_repetition_rise,
+        f"empty answers: {before.empty:.0%} before, {now.empty:.0%} now": now.empty - before.empty > 0.1,
+        # `not <=`: a number that is none is a collapse too
+        f"drift: KL from the policy before training is {now.kl:.2f} nats a token": not now.kl <= config.max_kl,
+        f"chosen responses became unlikely: from {before.chosen:.2f} to {now.chosen:.2f} nats a token": not before.chosen - now.chosen
+        <= config.max_chosen_drop,
+    }
+    return next((what for what, so in found.items() if so), None)
 
 
 class CollapseGuard(TrainerCallback):  # type: ignore[misc]

@@ -1,0 +1,90 @@
+"""What leaves the run folder: the model card beside the model, and the model on the hub. Trackers and hub are checked before a run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spalign.config import RunConfig
+from spalign.errors import ConfigError, HubError
+from spalign.pipeline.context import Context
+from spalign.report.card import model_card
+from spalign.store import clear_errors, write_atomic
+
+KEY = "HF_TOKEN"
+
+
+def check_outlets(config: RunConfig) -> None:
+    """Raises ConfigError for a tracker that is unknown or not installed, and for a push without a key."""
+    if config.train.report_to:
+        _check_trackers(config.train.report_to)
+    if config.train.push_to_hub and not os.environ.get(KEY, "").strip():
+        raise ConfigError(
+            f"train.push_to_hub is set, and there is no key in the environment ({KEY})",
+            hint=f"export {KEY}=... with a key that may write (huggingface.co/settings/tokens), or leave out train.push_to_hub",
+        )
+
+
+def _check_trackers(names: list[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"train.report_to: there is no tracker {name!r}",
+                hint=f"name some of: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}; an empty list reports nowhere",
+            )
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in there and name != "flyte":  # which transformers does not list
+            raise ConfigError(f"train.report_to: {name} is not installed", hint=f"pip install {name.replace('_', '-')}, or leave it out")
+
+
+def publish(run: Context, summary: Mapping[str, Any]) -> None:
+    """Write the cards and, where the run asks for it, push the model. Raises HubError; whatever happens, the run's results stay."""
+    write_cards(summary)
+    repo = run.config.train.push_to_hub
+    if repo and summary["model_path"] is None:
+        run.ui.line("nothing is pushed to the hub: no model is handed over", style="yellow")
+    elif repo:
+        run.ui.line(f"pushed to {push(Path(summary['model_path']), repo, str(summary['name']))}")
+
+
+def write_cards(summary: Mapping[str, Any]) -> None:
+    """README.md in the model's folder and in its adapter's, also where the gate failed; a card that says the same is left as it is."""
+    model = Path(summary["model_path"] or summary["gate"]["failed_path"])
+    for folder, adapter in ((model, False), (_adapter_of(model), True)):
+        card, data = folder / "README.md", model_card(summary, adapter=adapter).encode("utf-8", "replace")
+        with clear_errors(card):
+            if folder.is_dir() and not (card.exists() and card.read_bytes() == data):
+                write_atomic(card, data)
+
+
+def _adapter_of(model: Path) -> Path:
+    return model.with_name(model.name.replace("model", "adapter", 1))
+
+
+def push(model: Path, repo: str, name: str) -> str:
+    """Push the model's folder, and its adapter's as `adapter/`; the repository's address. A new repository is private."""
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi(token=os.environ[KEY].strip())
+        made = api.create_repo(repo, private=True, exist_ok=True)
+        message = f"{name}, aligned with spalign"
+        api.upload_folder(repo_id=made.repo_id, folder_path=model, commit_message=message)
+        adapter = _adapter_of(model)
+        if adapter.is_dir():
+            api.upload_folder(repo_id=made.repo_id, folder_path=adapter, path_in_repo="adapter", commit_message=f"{message}: adapter")
+        return str(made)
+    except Exception as e:  # the hub, the network, the disk: the run is done, and only this is not
+        reason = str(e).strip().splitlines()[:1] or [type(e).__name__]
+        raise HubError(
+            f"the run is done and kept, and its model could not be pushed to '{repo}': {reason[0]}",
+            hint="the same command again pushes and does nothing else; or by hand: "
+            f"hf upload {shlex.quote(repo)} {shlex.quote(str(model))} . --private",
+        ) from e

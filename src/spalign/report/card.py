@@ -1,0 +1,300 @@
+"""The model card: README.md of a run's model, written from summary.json alone.
+
+Names, reasons and paths in it come from files, models and users: all of it is escaped, so that it can neither draw a table, a link or a
+heading, nor run as HTML, nor add a line to the YAML head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from spalign.text import one_line, printable, shorten
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_MARKUP = re.compile(
+    r"[&<`*~\\|$@{}]"  # wherever they stand
+    r"|\](?=[\[(:]|$)|:(?!\s)|(?<=www)\."  # links, also bare ones
+    r"|(?<![^\W_])_|_(?![^\W_])"  # emphasis; not within_a_word
+    r"|^[^\w\s]|(?<=\d)[.)](?=\s|$)",  # what begins a heading, a list, a quotation
+    re.IGNORECASE,
+)
+_SHARES = ("refusal", "repetition", "finished")
+_DEMO_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def escaped(text: object, limit: int = 200) -> str:
+    """`text` on one line, to be read as it is: what Markdown or HTML would act on stands as a numeric entity."""
+    plain = shorten(one_line(printable(str(text))), limit)
+    return _MARKUP.sub(lambda m: f"&#{ord(m[0])};", plain)
+
+
+def model_card(summary: Mapping[str, Any], *, adapter: bool = False) -> str:
+    """The card as Markdown with its YAML head. adapter: for the folder of the adapter instead of the whole model."""
+    parts = [
+        _head(summary, adapter),
+        f"# {escaped(summary['name'])}\n\n{_what(summary, adapter)}",
+        "## Results in brief\n\n" + _verdicts(summary),
+        "## How to load\n\n" + _load(summary, adapter),
+        "## Training data\n\n" + _data(summary),
+        "## From prompts to pairs\n\n" + _funnels(summary),
+        "## Constitution\n\n" + _constitution(summary),
+        "## Judge\n\n" + _judge(summary),
+        "## Scores on held-out prompts\n\n" + _scores(summary),
+        "## Checks\n\n" + _table(("check", "result", "figures"), _check_rows(summary)),
+        "## Limits\n\n" + _limits(summary),
+        "## Versions\n\n" + ", ".join(f"{escaped(k)} {escaped(v)}" for k, v in summary["versions"].items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _base(summary: Mapping[str, Any]) -> str | None:
+    """The base model's hub id; None where it came from a file or folder."""
+    if summary["model"] == "demo":
+        return _DEMO_HUB
+    fingerprint = str(summary.get("model_fingerprint", ""))
+    name = fingerprint.removeprefix("hub:")
+    return name if name != fingerprint and _HUB_ID.fullmatch(name) else None
+
+
+def _base_name(summary: Mapping[str, Any]) -> str:
+    """How the text names the base: its hub id, or the last part of its path: a card is no place for the folders of a machine."""
+    return _base(summary) or _last_part(summary["model"])
+
+
+def _last_part(path: object) -> str:
+    return str(path).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def _lora(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return (summary.get("train") or {}).get("lora")
+
+
+def _on_the_base(summary: Mapping[str, Any]) -> bool:
+    """Whether the last adapter belongs on the base itself: after a second iteration it belongs on the first one's merged model."""
+    return len(summary["iterations"]) == 1
+
+
+def _head(summary: Mapping[str, Any], adapter: bool) -> str:
+    head: dict[str, Any] = {}
+    if base := _base(summary):
+        head |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    sources = (summary.get("prompts") or {}).values()
+    if hub := sorted({p["source"] for p in sources if p["kind"] == "hub" and _HUB_ID.fullmatch(p["source"])}):
+        head["datasets"] = hub
+    head |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    head["tags"] = ["spalign", "alignment", "self-priority-alignment", "simpo", *(["lora"] if adapter else [])]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+
+
+def _what(summary: Mapping[str, Any], adapter: bool) -> str:
+    n = len(summary["iterations"])
+    order = " first, then ".join(f"**{escaped(o)}**" for o in summary["constitution"]["objectives"])
+    lora = _lora(summary)
+    how = "all weights" if not lora else f"{'a DoRA' if lora.get('dora') else 'a LoRA'} adapter of rank {lora['r']}"
+    merged = ", merged into the base" if lora and not adapter else ""
+    text = (
+        f"{escaped(_base_name(summary))} after {n} iteration{'s' * (n > 1)} of Self-Priority Alignment (arXiv 2511.06222) with spalign, "
+        f"recipe {escaped(summary['recipe'])}: {order}. The model wrote and refined its own answers; "
+        "the judge below, not people, chose between them. "
+        f"Trained: {how}{merged}. Fingerprint of the base: {escaped(summary.get('model_fingerprint', 'unknown'))}. "
+        "No licence is stated here: the base model's terms apply."
+    )
+    if adapter and not _on_the_base(summary):
+        text += f"\n\nThis adapter belongs on the merged model of iteration {n - 1}, not on the base: use the merged model of this run."
+    return text
+
+
+def _verdicts(summary: Mapping[str, Any]) -> str:
+    """What a reader must know before all else; what failed stands in the same form as what went well."""
+    lines = []
+    if gate := summary.get("gate"):
+        result = "passed" if gate["passed"] else "FAILED"
+        if not gate["passed"]:
+            result += ", and was not enforced" if summary["model_path"] else ": this model is not handed over, do not use it"
+        lines.append(f"**Priority gate {result}**: {escaped(gate['text'])}")
+    for o in summary["constitution"]["objectives"]:
+        by = summary["measures"].get(o, {}).get("all")
+        if by is None:
+            lines.append(f"**{escaped(o)}: could not be scored**")
+            continue
+        low, high = by["difference"]["ci"]
+        verdict = "rose" if low > 0 else "FELL" if high < 0 else "no change shown"
+        lines.append(f"**{escaped(o)}: {verdict}**, {_difference(o, by)} on a scale of 0 to 10")
+    for name, how in summary["judge"]["objectives"].items():
+        if how["verdict"] != "trustworthy":
+            lines.append(
+                f"**The judge of {escaped(name)} is {escaped(how['verdict'] or 'not checked')}**: its scores carry no claim by themselves"
+            )
+    for i, iteration in enumerate(summary["iterations"], 1):
+        if iteration["training"]["collapsed"]:
+            t = iteration["training"]
+            lines.append(
+                f"**Training of iteration {i} was stopped at step {t['steps']}**: {escaped(t['collapsed'])}. "
+                f"The model is that of step {t['steps_kept']}"
+            )
+    for passed, word in ((False, "FAILED"), (True, "passed")):
+        if names := [escaped(c["name"]) for c in summary["checks"] if c["passed"] is passed]:
+            lines.append(f"**Checks {word}, {len(names)} of {len(summary['checks'])}:** {'; '.join(names)} (figures below)")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _load(summary: Mapping[str, Any], adapter: bool) -> str:
+    base = _base(summary) if _on_the_base(summary) else None
+    base = base if summary["model"] != "demo" else None  # the run took dequantised weights, which are not quite the hub's
+    if not adapter:
+        return _code(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "path/to/this/folder"  # or the id of the repository',
+            'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        )
+    lora = _lora(summary) or {}
+    named = base or "path/to/its/base"
+    serve = (
+        "vLLM does not serve DoRA adapters: merge it first (`spalign merge ADAPTER OUT`)."
+        if lora.get("dora")
+        else f"vLLM: `vllm serve {named} --enable-lora --max-lora-rank {max(16, int(lora.get('r', 16)))} --lora-modules spa=ADAPTER`."
+    )
+    code = _code(
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{named}", dtype="auto")',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+    )
+    return f"{code}\n\n{serve} Into one model: `spalign merge ADAPTER OUT --model BASE`."
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(("```python", *lines, "```"))
+
+
+def _data(summary: Mapping[str, Any]) -> str:
+    sets = summary.get("prompts")
+    if not sets:
+        return f"{summary['funnel']['prompts']} prompts; their source is not on record."
+    rows = []
+    for use, p in sets.items():
+        source = _last_part(p["source"]) if p["kind"] == "file" else p["source"]
+        rows.append((escaped(use), escaped(source), escaped(p["kind"]), str(p["count"]), escaped(p["sha256"])))
+    text = _table(("use", "source", "kind", "prompts", "sha256"), rows)
+    text += "\n\nOnly prompts are taken from these sets. No training prompt stands among the held-out ones."
+    if train := summary.get("train"):
+        keys = ("learning_rate", "epochs", "prompts_per_step", "beta", "gamma", "alpha", "scheduler", "warmup_ratio")
+        settings = ", ".join(f"{escaped(k)} {escaped(train[k])}" for k in keys if k in train)
+        text += f"\n\nTraining (uncertainty-guided SimPO): {settings}, seed {escaped(summary.get('seed'))}."
+    return text
+
+
+def _funnels(summary: Mapping[str, Any]) -> str:
+    parts = []
+    for number, iteration in enumerate(summary["iterations"], 1):
+        f, t = iteration["funnel"], iteration["training"]
+        rows = [("prompts in", str(f["prompts"]))]
+        rows += [(f"dropped: {escaped(reason)}", f"-{count}") for reason, count in f["dropped"].items()]
+        rows += [("prompts kept", str(f["kept"]))]
+        rows += [(f"pairs removed: {escaped(why)}", f"-{count}") for why, count in f["pairs_removed"].items()]
+        rows += [("pairs out", str(f["pairs"])), ("of them with the shorter answer chosen", str(f["winner_shorter"]))]
+        rows += [(f"of them decided by {escaped(o)}", str(count)) for o, count in f["decided_by"].items()]
+        r, c = f["responses"], iteration["consistency"]
+        lines = [
+            _table((f"iteration {number}", "count"), rows),
+            f"Of {r['candidates']} candidates {r['unfinished']} were unfinished and {r['empty']} empty; these enter no pair. "
+            f"Consistency rule: {_passed(c['refined'])} refined answers pass"
+            + (f", {_passed(c['placebo'])} of the placebo (ordinary samples)." if c["placebo"]["tested"] else "; no placebo was tested."),
+            f"Training: {t['steps']} steps on {t['prompts']} prompts; the model is that of step {t['steps_kept']}.",
+        ]
+        parts.append("\n\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _passed(of: Mapping[str, int]) -> str:
+    return f"{of['passed']} of {of['tested']}"
+
+
+def _constitution(summary: Mapping[str, Any]) -> str:
+    c = summary["constitution"]
+    order = "\n".join(f"{i}. {escaped(o)}" for i, o in enumerate(c["objectives"], 1))
+    return f"**{escaped(c['name'])}**, sha256 {escaped(c['sha256'])}. Objectives in order of priority:\n\n{order}"
+
+
+def _judge(summary: Mapping[str, Any]) -> str:
+    judge = summary["judge"]
+    rows = [
+        (
+            escaped(name),
+            escaped(how["scorer"]),
+            "not checked" if how["auc"] is None else f"{how['auc']:.2f} {_interval(how['auc_ci'], '.2f')}",
+            escaped(how["on"] or "-"),
+            "-" if how["threshold"] is None else f"{how['threshold']:.2f}",
+            escaped(how["verdict"] or "not checked"),
+        )
+        for name, how in judge["objectives"].items()
+    ]
+    who = (
+        f"Another model than the policy: {escaped(judge['model'] if _HUB_ID.fullmatch(judge['model']) else _last_part(judge['model']))}."
+        if judge["independent"]
+        else "The frozen starting model itself: **not an independent judge**. Its scores show what was learned, not that it is right."
+    )
+    return f"{who}\n\n" + _table(("objective", "asked how", "AUC [95%] on labelled answers", "on", "met from", "verdict"), rows)
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for measure, slices in summary["measures"].items():
+        form = ".1%" if measure in _SHARES else ".2f"
+        for label, by in slices.items():
+            if label == "ill_meant" and "unsafe" in slices:  # the same prompts
+                continue
+            cells = (f"{by[k]['mean']:{form}} {_interval(by[k]['ci'], form)}" for k in ("before", "after"))
+            rows.append((escaped(measure), escaped(label), *cells, _difference(measure, by)))
+    text = _table(("measure", "on", "before [95%]", "after [95%]", "difference [95%]"), rows)
+    unscored = summary["unscored"]
+    return (
+        f"{text}\n\n95% bootstrap intervals over prompts, differences paired by prompt. Objectives are scored 0 to 10, more is better. "
+        f"Answers without a score, left out: {unscored['before']} before, {unscored['after']} after."
+    )
+
+
+def _difference(measure: str, by: Mapping[str, Any]) -> str:
+    form = "+.1%" if measure in _SHARES else "+.2f"
+    return f"{by['difference']['mean']:{form}} {_interval(by['difference']['ci'], form)}"
+
+
+def _interval(ci: Sequence[float | None], form: str) -> str:
+    low, high = ("-" if v is None else format(v, form) for v in ci)
+    return f"[{low}, {high}]"
+
+
+def _check_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [(escaped(c["name"]), "passed" if c["passed"] else "**FAILED**", escaped(c["text"])) for c in summary["checks"]]
+
+
+def _limits(summary: Mapping[str, Any]) -> str:
+    held = (summary.get("prompts") or {}).get("heldout")
+    of = f"{held['count']} held-out prompts of one set" if held else "the held-out prompts of one set"
+    limits = [
+        f"The figures are of {of}, alike in kind to the training prompts; other topics, languages and long conversations are not covered.",
+        "Scores are a model's opinion, read beside its AUC above; no person has judged these answers.",
+        "One training run with one seed: the intervals are over prompts and do not cover what another seed would give.",
+        "Not tested here: jailbreaks and other attacks, knowledge, reasoning, tool use, bias.",
+        "Refusals are counted by a pattern of words, which misses some and counts some that are none.",
+        "A model that passes these checks can still cause harm; this card is no safety certificate.",
+    ]
+    if not summary["judge"]["independent"]:
+        limits.insert(1, "The model that was trained also judged: a gain may be an answer to its own taste.")
+    if summary["model"] == "demo":
+        limits.insert(
+            0, "A 135M model has almost nothing safe to choose from and judges little better than chance: this shows the machinery only."
+        )
+    return "\n".join(f"- {line}" for line in limits)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
