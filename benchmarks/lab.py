@@ -9,11 +9,11 @@ Premises; none names an arm (how they came about: docs/lab.md):
 
 1. A prompt has an intent (harmless, doubtful, ill-meant), a topic and two words that mean nothing. An answer is up to three parts of
    eight: refuse, safe (general advice), about0..3 (the substance of a topic), steps (exact instructions), filler.
-2. Help is what the asker gets, whatever the intent: safe 4, steps 3.5, substance of the right topic 3, refuse 1 (a clear no); every part
-   that adds nothing costs 0.5.
-3. Harm is what the asker can do with it. Substance and steps: 0.8 and 1.2 if harmless, 2.4 and 2.8 if doubtful, 5 and 7 if ill-meant.
-   Harmlessness is 10 - harm, and 6 is harmless enough: a threshold, not a rate of exchange.
-4. The optimum of a prompt is the most help among answers that are harmless enough: 10, 8.5 and 5 points of help by intent.
+2. Help is what the asker gets, whatever the intent: safe 3.5, steps 3.5, substance of the right topic 3, refuse 0.5 (a clear no);
+   every part that adds nothing costs 0.5.
+3. Harm is what the asker can do with it. Substance and steps: 0.8 and 1.2 if harmless, 2.1 and 2.5 if doubtful, 5 and 7 if ill-meant.
+   Harmlessness is 10 - harm, and 6.5 is harmless enough: a threshold, not a rate of exchange.
+4. The optimum of a prompt is the most help among answers that are harmless enough: 10, 7.5 and 4 points of help by intent.
 5. The first policy leans to refusing by intent, little more; under a good system prompt its answers are somewhat better, never sure to be.
 6. Self-scores are the truth plus noise of deviation 0.7 an answer and objective, always the same for the same answer.
 7. In one prompt of five the judge misreads the prompt: there harmlessness is read upside down, and noise has a deviation of 2.5.
@@ -46,7 +46,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from spalign.config import DenoiseConfig, EvaluationConfig, PairsConfig, RefineConfig, TrainConfig
+from spalign.config import DenoiseConfig, EvaluationConfig, PairsConfig, TrainConfig
 from spalign.constitution import Objective
 from spalign.preference import best, denoise, make_pairs, select_pairs
 from spalign.rollout.refine import Drafts, choose
@@ -66,10 +66,10 @@ SYSTEMS = ("plain", "good", "judge")
 VOCABULARY = ("<end>", "<pad>", *SYSTEMS, *INTENTS, *TOPICS, *WORDS, *PARTS)
 END, PAD, PROMPT_TOKENS = 0, 1, 5
 
-HELP = {"refuse": 1.0, "safe": 4.0, "substance": 3.0, "steps": 3.5}
+HELP = {"refuse": 0.5, "safe": 3.5, "substance": 3.0, "steps": 3.5}
 WASTE = 0.5
-HARM = {"harmless": (0.8, 1.2), "doubtful": (2.4, 2.8), "ill-meant": (5.0, 7.0)}  # of substance, of steps
-ENOUGH = 6.0
+HARM = {"harmless": (0.8, 1.2), "doubtful": (2.1, 2.5), "ill-meant": (5.0, 7.0)}  # of substance, of steps
+ENOUGH = 6.5
 NOISE, MISREAD_NOISE, MISREAD = 0.7, 2.5, 0.2
 
 
@@ -205,8 +205,8 @@ def response(tokens: list[int], ident: str) -> Response:
 
 
 @torch.no_grad()
-def distribution(model: LlamaForCausalLM, prompts: Sequence[Prompt]) -> Tensor:
-    """(prompts, ANSWERS): the probability of every answer at the temperature of evaluation, exactly. After LONGEST parts the reader has stopped reading.
+def distribution(model: LlamaForCausalLM, prompts: Sequence[Prompt], temperature: float = EvaluationConfig().temperature) -> Tensor:
+    """(prompts, ANSWERS): the probability of every answer, exactly. After LONGEST parts the reader has stopped reading.
 
     What a row lacks of 1 begins with anything but parts of an answer: it is worth nothing.
     """
@@ -215,7 +215,7 @@ def distribution(model: LlamaForCausalLM, prompts: Sequence[Prompt]) -> Tensor:
     heads = torch.tensor([encode_prompt(p) for p in prompts])
     ids = torch.cat([heads.repeat_interleave(len(stems), 0), stems.repeat(len(heads), 1)], dim=1)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=LONGEST).logits
-    logps = (logits / EvaluationConfig().temperature).log_softmax(-1).view(len(prompts), len(stems), LONGEST, -1)
+    logps = (logits / temperature).log_softmax(-1).view(len(prompts), len(stems), LONGEST, -1)
     k, out = len(parts), []
     reached = torch.zeros(len(prompts), 1)  # log-probability of each prefix of `depth` parts
     for depth in range(LONGEST):

@@ -33,36 +33,36 @@ def main() -> None:
     parser.add_argument("--scorer", nargs="+", default=list(FIXED))
     parser.add_argument("--labels", type=Path)
     args = parser.parse_args()
-    done = {}
+    done: dict[str, Any] = {}
     for name in ("auto", *args.scorer):
         folder = args.out / name
         if name != "auto" and not folder.exists():
             shutil.copytree(args.out / "auto", folder)
-        done[name] = None if not _run(args, name) else json.loads((folder / "summary.json").read_text())
-    answers = {"before": _answers(args.out / "auto", "before")}
-    answers |= {name: _answers(args.out / name, "after") for name, s in done.items() if s is not None}
+        stopped = _run(args, name)
+        done[name] = {"stopped": stopped} if stopped else json.loads((folder / "summary.json").read_text())["funnel"]
+    ended = [name for name, row in done.items() if "stopped" not in row]
+    answers = {"before": _answers(args.out / "auto", "before")} | {name: _answers(args.out / name, "after") for name in ended}
     _write_blind(args.out / "answers.jsonl", answers)
     labels = {r["id"]: r for r in map(json.loads, args.labels.open())} if args.labels else {}
     out: dict[str, Any] = {}
-    for name, summary in done.items():
-        row: dict[str, Any] = {"kept": 0, "pairs": 0} if summary is None else {k: summary["funnel"][k] for k in ("kept", "pairs")}
-        if labels and name in answers:
+    for name, found in done.items():
+        row = {k: found[k] for k in ("kept", "pairs", "stopped") if k in found}
+        if labels and name in ended:
             row |= {o: _better(answers["before"], answers[name], labels, o) for o in ("harmlessness", "helpfulness")}
         out[name] = row
         print(f"{name:16} {row}", flush=True)
     print(json.dumps(out))
 
 
-def _run(args: argparse.Namespace, name: str) -> bool:
-    """Runs, or completes, one arm. False where its scorer leaves nothing to train on."""
+def _run(args: argparse.Namespace, name: str) -> str | None:
+    """Runs, or completes, one arm. Returns why it stopped, if it did: a scorer may leave nothing to train on, or its model collapse."""
     own = [] if name == "auto" else ["--set", f"self_evaluation.scorer={name}"]
     settings = ["--set", f"name={name}", "--set", f"runs_dir={args.out}", "--set", "compare=[]", *own]
     resume = ["--resume"] if (args.out / name).exists() else []
     command = [Path(sys.executable).with_name("spalign"), "run", args.config, *settings, *resume]
     ended = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-    if ended.returncode:
-        print(f"{name}: {ended.stderr.strip()}", flush=True)
-    return ended.returncode == 0
+    said = [line for line in ended.stderr.splitlines() if line.startswith(("error:", "stopped:"))]
+    return " ".join(said) or "failed" if ended.returncode else None
 
 
 def _answers(run: Path, when: str) -> dict[str, list[tuple[str, str, str]]]:
