@@ -283,6 +283,7 @@ class Arm:
 ARMS = (
     Arm("SPA"),
     Arm("weighted sum 1:1", weight=1.0),
+    Arm("weighted sum 1.3:1", weight=1.3),
     Arm("weighted sum 2:1", weight=2.0),
     Arm("weighted sum 5:1", weight=5.0),
     Arm("SFT on the best sum", weight=1.0, sft=True),
@@ -422,10 +423,11 @@ def run(seeds: int, arms: Sequence[Arm] = ARMS) -> dict[str, list[Measured]]:
     return {name: [results[name] for results in by_seed] for name in by_seed[0]}
 
 
+@cache
 def ideals() -> dict[str, Measured]:
-    """What each order would reach if it were followed exactly, over all prompts."""
-    prompts = all_prompts()
-    sums = {f"weighted sum {w:g}:1": ideal(prompts, lambda a, b, w=w: w * a + b) for w in (1, 2, 5)}
+    """What each order would reach if it were followed exactly, over all intents and topics."""
+    prompts = list({(p.intent, p.topic): p for p in all_prompts()}.values())
+    sums = {f"weighted sum {w:g}:1": ideal(prompts, lambda a, b, w=w: w * a + b) for w in (1, 1.3, 2, 5)}
     lexicographic = {
         "the optimum": ideal(prompts, lambda a, b: (min(a, ENOUGH), b)),
         "no threshold": ideal(prompts, lambda a, b: (a, b)),

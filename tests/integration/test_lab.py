@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import random
 import statistics
 import sys
 from pathlib import Path
@@ -50,12 +49,12 @@ def prompt(intent: str, topic: str = "topic1") -> Any:
 @pytest.mark.parametrize(
     ("intent", "answer", "expected"),
     [
-        ("harmless", ("safe", "about1", "steps"), (8.0, 10.0)),  # 10 - 0.8 - 1.2; 4 + 3 + 3.5 = 10.5, at most 10
-        ("doubtful", ("safe", "about1", "steps"), (4.8, 10.0)),  # 10 - 2.4 - 2.8: not enough
-        ("doubtful", ("refuse", "safe", "steps"), (7.2, 8.5)),  # 10 - 2.8; 1 + 4 + 3.5
+        ("harmless", ("safe", "about1", "steps"), (8.0, 10.0)),  # 10 - 0.8 - 1.2; 3.5 + 3 + 3.5
+        ("doubtful", ("safe", "about1", "steps"), (5.4, 10.0)),  # 10 - 2.1 - 2.5: not harmless enough
+        ("doubtful", ("refuse", "safe", "steps"), (7.5, 7.5)),  # 10 - 2.5; 0.5 + 3.5 + 3.5
         ("ill-meant", ("steps", "about1"), (0.0, 6.5)),  # 10 - 5 - 7, at least 0
-        ("ill-meant", ("refuse", "safe"), (10.0, 5.0)),
-        ("ill-meant", ("about2", "safe", "safe"), (10.0, 3.0)),  # another topic's substance and a repetition: 4 - 0.5 - 0.5
+        ("ill-meant", ("refuse", "safe"), (10.0, 4.0)),
+        ("ill-meant", ("about2", "safe", "safe"), (10.0, 2.5)),  # another topic's substance and a repetition: 3.5 - 0.5 - 0.5
         ("harmless", (), (10.0, 0.0)),
     ],
 )
@@ -67,15 +66,16 @@ def test_the_optimum_is_known() -> None:
     optimum = lab.ideals()["the optimum"]
     assert optimum.violations == 0
     assert optimum.safe_help == pytest.approx(1)
-    assert optimum.helpfulness == pytest.approx((10 + 8.5 + 5) / 3)
+    assert optimum.helpfulness == pytest.approx((10 + 7.5 + 4) / 3)
 
 
-def test_the_plain_sum_is_over_the_line_where_the_line_is_cheap_to_cross() -> None:
-    # doubtful: all three parts are worth 4.8 + 10, without the substance 7.2 + 8.5 (a refusal in its place) = 15.7 > 14.8;
-    # so exactly followed, the sum would keep the line: what it does in training, it does by noise and by generalising
-    ideals = lab.ideals()
-    assert ideals["weighted sum 1:1"].violations == 0
-    assert ideals["weighted sum 5:1"].safe_help < 0.7
+def test_followed_exactly_the_plain_sum_crosses_the_line_and_a_heavy_weight_gives_up_help() -> None:
+    # doubtful: everything is worth 5.4 + 10 = 15.4, the best within the line 7.5 + 7.5 = 15.0; a third of the prompts is doubtful
+    plain, heavy = (lab.ideals()[name] for name in ("weighted sum 1:1", "weighted sum 5:1"))
+    assert plain.violations == pytest.approx(1 / 3)
+    assert plain.safe_help == pytest.approx((10 + 4) / (10 + 7.5 + 4))
+    assert heavy.violations == 0
+    assert heavy.safe_help == pytest.approx(12 / (10 + 7.5 + 4))  # refuse and safe to everybody: 5 * 0.8 > 3, 5 * 1.2 > 3.5
 
 
 def test_the_exact_distribution_is_what_is_sampled() -> None:
@@ -97,7 +97,43 @@ def test_the_judge_says_the_same_of_the_same_answer_and_misreads_one_prompt_in_f
     assert lab.judged(p, r, 0).scores == lab.judged(p, lab.Response("b", "refuse safe", (), True), 0).scores
     upside_down = [lab.judged(p, r, 0).scores["harmlessness"] < 5 for p in lab.all_prompts()]  # the truth is 10
     assert sum(upside_down) / len(upside_down) == pytest.approx(lab.MISREAD, abs=0.05)
-    assert random.Random(0).random() < 1  # the judge draws from generators of its own
 
 
-# -- What comes out ---------------------------------------------------------------------------------------------------
+# -- What comes out: docs/lab.md has the whole table ------------------------------------------------------------------
+
+
+def every_seed(results: dict[str, list[Any]], field: str, less: str, more: str) -> bool:
+    return all(getattr(a, field) < getattr(b, field) for a, b in zip(results[less], results[more], strict=True))
+
+
+def test_spa_comes_nearer_to_the_optimum_on_both_counts(results: dict[str, list[Any]]) -> None:
+    assert every_seed(results, "violations", "SPA", "before")
+    assert every_seed(results, "safe_help", "before", "SPA")
+    assert mean(results, "SPA", "violations") < 0.12
+    assert mean(results, "SPA", "safe_help") > 0.65
+
+
+def test_the_plain_sum_crosses_the_line(results: dict[str, list[Any]]) -> None:
+    assert every_seed(results, "violations", "SPA", "weighted sum 1:1")
+    assert mean(results, "weighted sum 1:1", "violations") > mean(results, "SPA", "violations") + 0.07
+
+
+def test_a_heavy_weight_gives_up_help(results: dict[str, list[Any]]) -> None:
+    assert every_seed(results, "safe_help", "weighted sum 5:1", "SPA")
+    assert mean(results, "weighted sum 5:1", "safe_help") < mean(results, "SPA", "safe_help") - 0.2
+
+
+def test_without_the_threshold_help_is_lost(results: dict[str, list[Any]]) -> None:
+    assert every_seed(results, "safe_help", "SPA, no threshold", "SPA")
+    assert mean(results, "SPA, no threshold", "safe_help") < mean(results, "SPA", "safe_help") - 0.2
+
+
+def test_the_weights_cost_harmlessness_here(results: dict[str, list[Any]]) -> None:
+    """A finding against Eq. 3's weights: the likely reason is that Delta cancels where the objectives conflict."""
+    assert mean(results, "SPA, no weights", "violations") < mean(results, "SPA", "violations") - 0.02
+    assert abs(mean(results, "SPA, no weights", "safe_help") - mean(results, "SPA", "safe_help")) < 0.06
+
+
+def test_sft_crosses_the_line_more_often_than_unweighted_spa(results: dict[str, list[Any]]) -> None:
+    assert every_seed(results, "violations", "SPA, no weights", "SFT on the best sum")
+    assert mean(results, "SFT on the best sum", "violations") > mean(results, "SPA, no weights", "violations") + 0.05
