@@ -34,7 +34,7 @@ from transformers import (
 
 from spalign.config import GuardConfig
 from spalign.errors import DataError
-from spalign.training import attention, head
+from spalign.training import head
 from spalign.training.batches import Layout, collate, layout_for, prepare, response_logps
 from spalign.training.groups import TrainingGroup, TrainingPair
 from spalign.training.guard import CollapseGuard, Probe
@@ -171,10 +171,8 @@ def own_rows(model: PreTrainedModel, groups: list[TrainingGroup] = GROUPS) -> Te
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("short", [0, 512])  # rows up to this width keep their attention probabilities
 @pytest.mark.parametrize("prompt", [3, 60])  # a long prompt is not repeated before each response: another way through attention
-def test_log_probabilities_are_those_of_a_row_of_its_own(layout: Layout, prompt: int, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_SHORT", short)
+def test_log_probabilities_are_those_of_a_row_of_its_own(layout: Layout, prompt: int) -> None:
     groups = [replace(g, prompt=(BOS, *ids(random.Random(i), prompt + i))) for i, g in enumerate(GROUPS)]
     model = llama()
     batch = collate(groups, layout=layout, pad=PAD)

@@ -19,9 +19,6 @@ from spalign.engines.attention import grouped_attention
 
 NAME = "spalign_grouped_sdpa_training"
 
-_SHORT = 512
-"""Rows of at most so many tokens keep their attention probabilities: width squared times heads, a layer and row."""
-
 
 def lay_out(spans: Sequence[tuple[range, Sequence[range]]]) -> dict[str, Any]:
     """Where attention finds its rows in the packed tokens. spans: for each group its prompt's and its responses' places.
@@ -93,47 +90,11 @@ def attention(
         mask = block.get("mask")
         if window is not None and block["keys"].shape[1] > window:
             mask = _windowed(mask, packed["positions"], block, window)
-        if mask is None and not dropout and q.device.type == "cpu" and q.shape[2] <= _SHORT:
-            kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
-            with torch.autocast("cpu", enabled=False):
-                out = _ShortRows.apply(q.to(kind), k.to(kind), v.to(kind), scaling or q.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
-            out = out.transpose(1, 2)
-        else:
-            out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, dropout=dropout, is_causal=mask is None)
+        out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, dropout=dropout, is_causal=mask is None)
         outputs.append(out.flatten(0, 1))  # (rows * q, heads, dim)
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     heads, dim = joined.shape[1:]
     return joined.reshape(-1, heads * dim).index_select(0, packed["back"]).reshape(1, -1, heads, dim), None
-
-
-class _ShortRows(torch.autograd.Function):
-    """Causal attention whose probabilities are kept for the backward pass: on CPUs about twice as fast as the kernel that makes them again.
-
-    query: (rows, heads, width, dim); key, value: (rows, kv heads, width, dim). The queries of one kv head go together: nothing is repeated.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        rows, heads, width, dim = query.shape
-        q = (query * scaling).reshape(-1, heads // key.shape[1] * width, dim)
-        k, v = key.reshape(-1, width, dim), value.reshape(-1, width, dim)
-        scores = torch.bmm(q, k.transpose(1, 2)).view(-1, width, width)
-        scores += torch.full((width, width), -torch.inf, dtype=scores.dtype).triu(1)
-        probs = scores.softmax(-1).view(len(q), -1, width)
-        ctx.save_for_backward(q, k, v, probs)
-        ctx.shapes = (query.shape, key.shape, value.shape, scaling)
-        return torch.bmm(probs, v).view(rows, heads, width, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, probs = ctx.saved_tensors
-        of_query, of_key, of_value, scaling = ctx.shapes
-        g = grad.reshape(q.shape)
-        d_value = torch.bmm(probs.transpose(1, 2), g)
-        d_probs = torch.bmm(g, v.transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-        d_query, d_key = torch.bmm(d_scores, k) * scaling, torch.bmm(d_scores.transpose(1, 2), q)
-        return d_query.view(of_query), d_key.view(of_key), d_value.view(of_value), None
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -89,10 +89,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, c
 def _pull(z: Tensor, norm: Tensor, target: Tensor, grad: Tensor | None, scale: float, cap: float | None) -> Tensor:
     """d logp / d (h W^T + b), times `grad` a token; in place of `z` where nothing else needs it."""
     bend = None if cap is None else 1 - (z / cap) ** 2
-    pull = z.sub_(norm[:, None]).exp_().neg_()
-    pull.scatter_add_(-1, target[:, None], torch.ones_like(norm)[:, None])
-    if grad is not None:
-        pull *= grad[:, None]
+    factor = torch.ones_like(norm) if grad is None else grad
+    pull = z.sub_(norm[:, None]).exp_().mul_(-factor[:, None])
+    pull.scatter_add_(-1, target[:, None], factor[:, None])
     if bend is not None:
         pull *= bend
     return pull if scale == 1.0 else pull.mul_(scale)
