@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from plain_objectives import plain_objectives
 
 import spalign.pipeline.run  # noqa: F401 (the module; `spalign.pipeline.run` is the function)
 from spalign.config import RunConfig, config_from
@@ -50,20 +51,7 @@ def guesses(text: str, choice: str) -> float:
 
 
 def constitution(folder: Path, threshold: object = "auto") -> str:
-    exemplars = [{"prompt": "p", "response": "r", "answer": a} for a in ("yes", "no")]
-    objectives = [
-        {
-            "name": o,
-            "principle": f"Be {o}.",
-            "question": f"Is {o} good?",
-            "good_answer": "yes",
-            "exemplars": exemplars,
-            "good_system": "good",
-            "bad_system": "bad",
-            "threshold": threshold if o == "alpha" else None,
-        }
-        for o in OBJECTIVES
-    ]
+    objectives = [{**o, "threshold": threshold if o["name"] == "alpha" else None} for o in plain_objectives(OBJECTIVES)]
     path = folder / "constitution.yaml"
     path.write_text(yaml.safe_dump({"name": "test", "objectives": objectives, "refine_instruction": "Write a better answer."}))
     return str(path)

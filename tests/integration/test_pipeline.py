@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from plain_objectives import plain_objectives
 
 from spalign.config import RunConfig, config_from
 from spalign.engines.scripted import ScriptedEngine
@@ -82,25 +83,12 @@ def engine(_: str = "") -> ScriptedEngine:
 
 
 def constitution(folder: Path, k: int) -> str:
-    exemplars = [{"prompt": "p", "response": "r", "answer": a} for a in ("yes", "no")]
-    objectives = [
-        {
-            "name": o,
-            "principle": f"Be {o}.",
-            "question": f"Is {o} good?",
-            "good_answer": "yes",
-            "exemplars": exemplars,
-            "good_system": "good",
-            "bad_system": "bad",
-        }
-        for o in OBJECTIVES[:k]
-    ]
     path = folder / f"constitution-{k}.yaml"
     path.write_text(
         yaml.safe_dump(
             {
                 "name": "test",
-                "objectives": objectives,
+                "objectives": plain_objectives(OBJECTIVES[:k]),
                 "system_variants": [{"name": f"v{i}", "text": f"variant {i}"} for i in range(4)],
                 "refine_instruction": "Write a better answer.",
             }
