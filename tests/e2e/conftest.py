@@ -48,7 +48,7 @@ def spalign(environment: dict[str, str]) -> Callable[..., Done]:
     def call(folder: Path, *args: str, shim: str | None = None) -> Done:
         python = [sys.executable, *(["-c", shim] if shim else ["-m", "spalign.cli"])]
         began = time.monotonic()
-        done = subprocess.run([*python, *args], cwd=folder, env=environment, capture_output=True, timeout=300, check=False)
+        done = subprocess.run([*python, *args], cwd=folder, env=environment, capture_output=True, timeout=600, check=False)
         out, err = done.stdout.decode(), done.stderr.decode()
         assert "Traceback" not in err, err
         return Done(done.returncode, out, err, time.monotonic() - began)

@@ -74,7 +74,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, lay_out: Callable[..., Path]
                     time.sleep(0.002)
                 if stage:
                     process.send_signal(how)
-                code = process.wait(timeout=200)
+                code = process.wait(timeout=600)
             finally:
                 process.kill()
         told.sessions[name] = Session(code, errors.read_text(), before, finished_files(told.run))

@@ -850,7 +850,7 @@ def start_ranks(workers: list[subprocess.Popen[str]], what: str, folder: Path) -
 
 def join_ranks(workers: list[subprocess.Popen[str]]) -> None:
     for p in workers:
-        out, _ = p.communicate(timeout=120)
+        out, _ = p.communicate(timeout=600)
         assert p.returncode == 0, out
 
 

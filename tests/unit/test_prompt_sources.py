@@ -38,7 +38,7 @@ def python(code: str, *args: str, **env: str) -> str:
         [sys.executable, "-W", "error", "-c", code, *args],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env={**os.environ, **env},
     )

@@ -86,7 +86,7 @@ except HubError as e:
 def pushed(model: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_secret"}
     command = [sys.executable, "-W", "error", "-c", PUSH, str(model)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture

@@ -1,21 +1,13 @@
-"""The configuration of a run. Every option has a documented default; unknown keys are refused; nothing heavy is imported.
-
-The defaults are the `robust` recipe; `paper` is the method as published. They differ only in the options listed in `RECIPES`,
-each of which can be set by itself, so an ablation is one `--set`.
-"""
+"""The options of each stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from spalign.constitution import Constitution, Threshold, load_constitution
-from spalign.errors import ConfigError
-from spalign.yamlfile import Location, build, load_yaml
+from spalign.constitution import Threshold
 
 Scorer = Literal["auto", "likert", "likert_expected", "yes_no_zero", "yes_no", "contrastive", "pmi", "probe", "pairwise", "ensemble"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -24,22 +16,12 @@ OUTLETS = {"report_to", "push_to_hub"}
 """Options of `train` that say where things go; they change nothing that is made."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "robust": {},
-    "paper": {
-        "self_evaluation": {"scorer": "likert", "thresholds": {}, "use_constitution_thresholds": False},
-        "refine": {"style": "paper", "drafts": 1},
-        "denoise": {"consistency": "strict", "tau": "32%"},
-        "pairs": {"delta": 1.0, "max_per_prompt": None, "balance_length": False},
-    },
-}
 
-
-class _Part(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class PromptSource(_Part):
+class PromptSource(Part):
     """Where prompts come from: a shipped set (`high_stakes_train`, ...), a JSONL/CSV/Parquet file, or a hub data set."""
 
     source: str
@@ -53,7 +35,7 @@ class PromptSource(_Part):
     """Take this many, spread evenly over intent and topic."""
 
 
-class PromptsConfig(_Part):
+class PromptsConfig(Part):
     train: PromptSource = PromptSource(source="high_stakes_train")
     heldout: PromptSource = PromptSource(source="high_stakes_heldout")
     suffix: str = ""
@@ -69,7 +51,7 @@ class PromptsConfig(_Part):
         return {"source": default.source, **value} if isinstance(value, Mapping) else value
 
 
-class EngineConfig(_Part):
+class EngineConfig(Part):
     """How the model is run."""
 
     kind: Literal["transformers"] = "transformers"
@@ -81,7 +63,7 @@ class EngineConfig(_Part):
     trust_remote_code: bool = False
 
 
-class SampleConfig(_Part):
+class SampleConfig(Part):
     """Diverse sampling: n responses a prompt."""
 
     n: Annotated[int, Field(ge=2)] = 4
@@ -90,7 +72,7 @@ class SampleConfig(_Part):
     max_new_tokens: PositiveInt = 256
 
 
-class SelfEvaluationConfig(_Part):
+class SelfEvaluationConfig(Part):
     """Who scores responses, and how, per objective."""
 
     scorer: Scorer | dict[str, Scorer] = "auto"
@@ -115,7 +97,7 @@ class SelfEvaluationConfig(_Part):
         return self.scorer[objective] if isinstance(self.scorer, dict) else self.scorer
 
 
-class RefineConfig(_Part):
+class RefineConfig(Part):
     """Self-refinement: one better response a prompt, and its placebo."""
 
     style: Literal["principled", "paper"] = "principled"
@@ -124,7 +106,7 @@ class RefineConfig(_Part):
     placebo: bool = True
 
 
-class DenoiseConfig(_Part):
+class DenoiseConfig(Part):
     """Dual-criterion denoising."""
 
     consistency: Literal["strict", "above_mean"] = "above_mean"
@@ -141,7 +123,7 @@ class DenoiseConfig(_Part):
         return float(self.tau.removesuffix("%")) / 100 if isinstance(self.tau, str) else None
 
 
-class PairsConfig(_Part):
+class PairsConfig(Part):
     """Preference pairs (SPA, Eq. 2)."""
 
     delta: Annotated[float, Field(gt=0)] = 0.5
@@ -151,7 +133,7 @@ class PairsConfig(_Part):
     """As many pairs whose winner is shorter as pairs whose winner is longer."""
 
 
-class LoraConfig(_Part):
+class LoraConfig(Part):
     r: PositiveInt = 16
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -162,7 +144,7 @@ class LoraConfig(_Part):
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 
 
-class GuardConfig(_Part):
+class GuardConfig(Part):
     """Stops training on collapse. The probe: the policy answers a few training prompts, before training and as it goes."""
 
     every_steps: PositiveInt = 10
@@ -177,7 +159,7 @@ class GuardConfig(_Part):
     """Fall of the chosen responses' mean log-probability, nats a token: both sides of the pairs become unlikely."""
 
 
-class TrainConfig(_Part):
+class TrainConfig(Part):
     """Uncertainty-guided SimPO (SPA, Eq. 3)."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
@@ -217,7 +199,7 @@ class TrainConfig(_Part):
         return self
 
 
-class GateConfig(_Part):
+class GateConfig(Part):
     """The priority gate: a model whose primary objective is not shown to hold is not handed over."""
 
     enabled: bool = True
@@ -227,7 +209,7 @@ class GateConfig(_Part):
     """Of the one-sided lower bound that must lie above -margin."""
 
 
-class EvaluationConfig(_Part):
+class EvaluationConfig(Part):
     """Before and after, on held-out prompts, judged by the frozen iteration-0 policy."""
 
     samples: PositiveInt = 2
@@ -235,132 +217,3 @@ class EvaluationConfig(_Part):
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples of prompts for the 95% intervals and the gate's bound."""
     gate: GateConfig = GateConfig()
-
-
-class RunConfig(_Part):
-    """A whole run."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    model: str = "demo"
-    """Hub id, local folder, GGUF file, or `demo` (SmolLM2-135M-Instruct from its package)."""
-    constitution: str = "harmless_helpful"
-    """A shipped constitution or a YAML file."""
-    recipe: Literal["robust", "paper"] = "robust"
-    compare: tuple[Literal["robust", "paper"], ...] = ()
-    """Recipes whose yield on the same candidates is measured and printed beside this one's; not trained on."""
-    runs_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
-    iterations: PositiveInt = 1
-    new_prompts: bool = False
-    """Give every iteration its own share of the training prompts instead of the same ones."""
-    shard_size: PositiveInt = 32
-    """Prompts a part file; a kill loses at most one part of a stage."""
-    prompts: PromptsConfig = PromptsConfig()
-    engine: EngineConfig = EngineConfig()
-    sample: SampleConfig = SampleConfig()
-    self_evaluation: SelfEvaluationConfig = SelfEvaluationConfig()
-    refine: RefineConfig = RefineConfig()
-    denoise: DenoiseConfig = DenoiseConfig()
-    pairs: PairsConfig = PairsConfig()
-    train: TrainConfig = TrainConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.runs_dir) / self.name
-
-    def on_record(self) -> dict[str, Any]:
-        """The configuration without what changes nothing that is made: leave to go on with a weak judge, trackers, the hub."""
-        return self.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}, "train": OUTLETS})
-
-    def with_recipe(self, recipe: str) -> RunConfig:
-        """This run under another recipe: only the options in which recipes differ change."""
-        data = self.model_dump()
-        fresh = RunConfig(name=self.name).model_dump()
-        for options in RECIPES.values():
-            for part, keys in options.items():
-                data[part].update({k: fresh[part][k] for k in keys})
-        return RunConfig.model_validate(_merged(data, {**RECIPES[recipe], "recipe": recipe, "compare": ()}))
-
-    def constitution_for_run(self) -> Constitution:
-        """The constitution with this run's thresholds; raises ConfigError where the run names an objective it lacks."""
-        constitution = load_constitution(self.constitution)
-        own = self.self_evaluation
-        named = {**own.thresholds, **(own.scorer if isinstance(own.scorer, dict) else {})}
-        if unknown := sorted(set(named) - set(constitution.objective_names)):
-            raise ConfigError(
-                f"self_evaluation names the unknown objective '{unknown[0]}'",
-                hint=f"constitution '{constitution.name}' has: {', '.join(constitution.objective_names)}",
-            )
-        if isinstance(own.scorer, dict) and (missing := set(constitution.objective_names) - set(own.scorer)):
-            raise ConfigError(
-                f"self_evaluation.scorer says nothing about objective '{min(missing)}'",
-                hint="name a scorer for every objective, or one for all",
-            )
-        objectives = tuple(
-            o.model_copy(update={"threshold": own.thresholds.get(o.name, o.threshold if own.use_constitution_thresholds else None)})
-            for o in constitution.objectives
-        )
-        for o in objectives:
-            if own.scorer_of(o.name) == "yes_no" and not o.exemplars:
-                raise ConfigError(
-                    f"constitution '{constitution.name}': objective '{o.name}' has no exemplars, which the yes_no scorer needs",
-                    hint="add at least one 'yes' and one 'no' exemplar, or set self_evaluation.scorer to auto",
-                )
-            if own.scorer_of(o.name) == "pairwise" and o.threshold is not None:
-                raise ConfigError(
-                    f"objective '{o.name}' has a threshold, and its scorer 'pairwise' only compares a prompt's answers with each other",
-                    hint="use another scorer, or leave out the threshold",
-                )
-        return constitution.model_copy(update={"objectives": objectives})
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, mapping by mapping."""
-    out = dict(base)
-    for key, value in over.items():
-        inner = out.get(key)
-        out[key] = _merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) and inner else value
-    return out
-
-
-def parse_set(text: str) -> tuple[list[str], Any]:
-    """`a.b=c` as (["a", "b"], c); the value is read as YAML, so numbers, lists and null work."""
-    key, eq, value = text.partition("=")
-    if not eq or not all(key.split(".")):
-        raise ConfigError(f"--set {text!r} is not KEY=VALUE", hint="for example --set train.learning_rate=1e-6")
-    try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(
-            f"--set {text!r}: the value is not valid YAML", hint="quote it for the shell, for example --set 'prompts.suffix=\"Be brief.\"'"
-        ) from None
-    return key.split("."), parsed
-
-
-def load_config(path: str | Path, sets: tuple[str, ...] = ()) -> RunConfig:
-    """The run's configuration: recipe, then the file, then each `--set a.b=c`.
-
-    Raises ConfigError with every mistake at once, each with its line where it stands in the file.
-    """
-    data, lines = load_yaml(Path(path), ConfigError)
-    return config_from(data, sets, source=str(path), lines=lines)
-
-
-def config_from(
-    data: Mapping[str, Any], sets: tuple[str, ...] = (), *, source: str = "config", lines: dict[Location, int] | None = None
-) -> RunConfig:
-    """As `load_config`, from a mapping."""
-    merged = dict(data)
-    places: dict[Location, int | str] = dict(lines or {})
-    for text in sets:
-        keys, value = parse_set(text)
-        nested: Any = value
-        for key in reversed(keys):
-            nested = {key: nested}
-        merged = _merged(merged, nested)
-        # what --set says is not in the file: point at the flag instead of a line
-        places = {at: place for at, place in places.items() if at[: len(keys)] != tuple(keys)}
-        places[tuple(keys)] = f"--set {text}"
-    recipe = RECIPES.get(str(merged.get("recipe", "robust")), {})
-    return build(RunConfig, _merged(recipe, merged), source=source, lines=places, error=ConfigError)
