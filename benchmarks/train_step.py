@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="steps a process, the quickest counts")
-    parser.add_argument("--trl-batch", type=int, default=0, help="pairs in one forward pass of TRL's (default: all)")
+    parser.add_argument("--trl-batch", type=int, default=20, help="most pairs in one forward pass of TRL's")
     parser.add_argument("--no-exact", action="store_true")
     parser.add_argument("--json", action="store_true", help="accepted for symmetry: the last line always is JSON")
     parser.add_argument("--role", choices=("ours", "theirs"), help=argparse.SUPPRESS)
@@ -96,7 +96,7 @@ def _difference(args: argparse.Namespace, k: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         for role in ("ours", "theirs"):
-            _process(args, k, role, dtype="float32", prompts=1, steps=1, gradient=Path(folder) / role)
+            _process(args, k, role, dtype="float32", prompts=1, steps=1, trl_batch=min(args.trl_batch, 8), gradient=Path(folder) / role)
         ours, theirs = (load_file(Path(folder) / role) for role in ("ours", "theirs"))
     assert set(ours) == set(theirs)
     gap = sum(float((ours[n].double() - theirs[n].double()).square().sum()) for n in ours)
@@ -228,11 +228,10 @@ def theirs(args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[dict
     from datasets import Dataset
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    size = args.trl_batch or len(rows)
     config = CPOConfig(
         output_dir=tempfile.mkdtemp(), loss_type="simpo", cpo_alpha=0.0, alpha=0.0, beta=2.5, simpo_gamma=1.0, use_cpu=args.device == "cpu",
-        bf16=False, gradient_checkpointing=False, per_device_train_batch_size=size, report_to="none", disable_tqdm=True, max_length=8192,
-        dataloader_drop_last=False,
+        bf16=False, gradient_checkpointing=False, per_device_train_batch_size=args.trl_batch, report_to="none", disable_tqdm=True,
+        max_length=8192, dataloader_drop_last=False,
     )  # fmt: skip
     trainer = CPOTrainer(
         model=model,

@@ -284,25 +284,28 @@ def test_an_adapter_on_the_head_is_not_overlooked() -> None:
     assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
 
 
-def test_no_more_logits_than_a_tile_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [0, 1 << 27], ids=["made again", "kept"])
+def test_no_more_logits_than_a_tile_exist_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truth: tuple[float, Tensor], kept: int
+) -> None:
     monkeypatch.setattr(head, "_TILE", 8 * VOCAB)
-    widest = 0
-    logits = head._logits
+    monkeypatch.setattr(head, "_KEPT", kept)
+    sizes: list[int] = []
+    pull = head._Tile.pull
 
-    def seen(*args: Any) -> Tensor:
-        nonlocal widest
-        out = logits(*args)
-        widest = max(widest, len(out))
-        return out
+    def seen(self: Any, hidden: Tensor, target: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        sizes.append(len(hidden))
+        return pull(self, hidden, target, out)
 
-    monkeypatch.setattr(head, "_logits", seen)
-    model = llama()
-    plain = own_rows(model)
-    prepare(model)
-    means, _ = response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
-    means.sum().backward()
-    assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
-    assert widest == 8 < len([x for g in GROUPS for r in g.responses for x in r])
+    monkeypatch.setattr(head._Tile, "pull", seen)
+    trainer = trainer_for(tmp_path, llama())
+    sizes.clear()  # of the check that goes before
+    loss, grad = step(trainer, split(GROUPS, len(GROUPS)))
+    assert loss == pytest.approx(truth[0], rel=1e-5)
+    assert gap(grad, truth[1]) < 1e-5
+    tokens = sum(len(r) for g in GROUPS for r in g.responses)
+    assert max(sizes) == 8 < tokens
+    assert sum(sizes) == (tokens if kept else 2 * tokens)
 
 
 # -- loss and gradient ------------------------------------------------------------------------------------------------

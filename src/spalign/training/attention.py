@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from spalign.engines.attention import grouped_attention
+from spalign.training.causal import SHORT, causal_attention
 
 NAME = "spalign_grouped_sdpa_training"
 
@@ -90,7 +91,12 @@ def attention(
         mask = block.get("mask")
         if window is not None and block["keys"].shape[1] > window:
             mask = _windowed(mask, packed["positions"], block, window)
-        out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, dropout=dropout, is_causal=mask is None)
+        if mask is None and not dropout and q.device.type == "cpu" and q.shape[2] <= SHORT:
+            kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+            with torch.autocast("cpu", enabled=False):
+                out = causal_attention(q.to(kind), k.to(kind), v.to(kind), scaling or q.shape[-1] ** -0.5).transpose(1, 2)
+        else:
+            out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, dropout=dropout, is_causal=mask is None)
         outputs.append(out.flatten(0, 1))  # (rows * q, heads, dim)
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     heads, dim = joined.shape[1:]

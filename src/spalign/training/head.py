@@ -9,62 +9,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE = 1 << 26
-"""Logits of one tile (tokens times vocabulary): 256 MB in fp32, wide enough for the matrix units."""
+_TILE = 1 << 25
+"""Logits of one tile (tokens times vocabulary): 128 MB in fp32, wide enough for the matrix units."""
+
+_KEPT = 1 << 27
+"""At most so many pulls (tokens times vocabulary) wait for the backward pass: 256 MB in bf16."""
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(f(h W^T + b))[target] with f the model's scaling and soft-capping; the backward pass makes each tile's logits again."""
+    """log softmax(f(h W^T + b))[target] with f the model's scaling and soft-capping.
+
+    A token's gradient is a multiple of its pull, d logp / d (h W^T + b), so the hidden states' is ready in the forward pass, up to a factor
+    a token. The weight's needs the pulls again: they are kept where they are few, and else made again a tile at a time.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: float, cap: float | None, dtype: torch.dtype
     ) -> Tensor:
+        to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        norm = torch.empty_like(out)
-        frozen = not ctx.needs_input_grad[1] and not (bias is not None and ctx.needs_input_grad[2])
-        ctx.frozen = frozen and ctx.needs_input_grad[0]
-        direction = torch.empty_like(hidden) if ctx.frozen else None
-        w = weight.to(dtype)
-        for at in _tiles(len(hidden), len(weight)):
-            z = _logits(hidden[at].to(dtype), w, bias, scale, cap)
-            norm[at] = z.logsumexp(-1)
-            out[at] = z.gather(-1, target[at, None])[:, 0] - norm[at]
-            if direction is not None:  # a frozen head: what the backward pass needs is ready now, up to a factor a token
-                direction[at] = (_pull(z, norm[at], target[at], None, scale, cap).to(dtype) @ w).to(hidden.dtype)
-        if direction is not None:
-            ctx.save_for_backward(direction)
-        else:
-            ctx.save_for_backward(hidden, weight, bias, target, norm)
+        direction = torch.empty_like(hidden) if to_hidden else None
+        keeps = to_hidden and (to_weight or to_bias) and len(hidden) * len(weight) <= _KEPT
+        kept = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device) if keeps else None
+        tile = _Tile(len(hidden), weight, bias, scale, cap, dtype)
+        for at in tile.slices:
+            out[at], pull = tile.pull(hidden[at], target[at], None if kept is None else kept[at])
+            if direction is not None:
+                direction[at] = (pull @ tile.weight).to(hidden.dtype)
+        ctx.save_for_backward(hidden, weight, bias, target, direction, kept)
         ctx.how = (scale, cap, dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.frozen:
-            (direction,) = ctx.saved_tensors
-            return direction * grad[:, None].to(direction.dtype), None, None, None, None, None, None
-        hidden, weight, bias, target, norm = ctx.saved_tensors
-        scale, cap, dtype = ctx.how
+        hidden, weight, bias, target, direction, kept = ctx.saved_tensors
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
-        tiles = _tiles(len(hidden), len(weight))
-        d_hidden = torch.empty_like(hidden) if to_hidden else None
         # tiles are added up in fp32, whatever they are computed in
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if to_weight else None
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and to_bias else None
-        w = weight.to(dtype)
-        for at in tiles:
-            h = hidden[at].to(dtype)
-            pull = _pull(_logits(h, w, bias, scale, cap), norm[at], target[at], grad[at], scale, cap)
-            if d_bias is not None:
-                d_bias += pull.sum(0)
-            pull = pull.to(dtype)
-            if d_hidden is not None:
-                d_hidden[at] = (pull @ w).to(hidden.dtype)
-            if d_weight is not None:
-                d_weight += pull.T @ h
+        if to_weight or to_bias:
+            tile = _Tile(len(hidden), weight, bias, *ctx.how)
+            for at in tile.slices:
+                pull = kept[at] if kept is not None else tile.pull(hidden[at], target[at], None)[1]
+                if d_bias is not None:
+                    d_bias += grad[at] @ pull.float()
+                if d_weight is not None:
+                    d_weight += pull.T @ (hidden[at] * grad[at, None]).to(pull.dtype)
         return (
-            d_hidden,
+            direction * grad[:, None].to(direction.dtype) if to_hidden else None,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None or bias is None else d_bias.to(bias.dtype),
             None,
@@ -74,27 +67,40 @@ class _TokenLogps(torch.autograd.Function):
         )
 
 
-def _tiles(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, _TILE // vocabulary)
-    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+class _Tile:
+    """A tile of logits and what is made of it, in memory that every tile uses again: fresh pages cost as much as the arithmetic on them."""
 
+    def __init__(self, tokens: int, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None, dtype: torch.dtype) -> None:
+        self.weight, self.bias, self.scale, self.cap = weight.to(dtype), bias, scale, cap
+        size = min(tokens, max(1, _TILE // len(weight)))
+        self.slices = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+        self.logits = torch.empty(size, len(weight), device=weight.device)
+        self.products = torch.empty(size, len(weight), dtype=dtype, device=weight.device)
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
-    z = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)).float()
-    if scale != 1.0:
-        z *= scale
-    return z if cap is None else z.div_(cap).tanh_().mul_(cap)
-
-
-def _pull(z: Tensor, norm: Tensor, target: Tensor, grad: Tensor | None, scale: float, cap: float | None) -> Tensor:
-    """d logp / d (h W^T + b), times `grad` a token; in place of `z` where nothing else needs it."""
-    bend = None if cap is None else 1 - (z / cap) ** 2
-    factor = torch.ones_like(norm) if grad is None else grad
-    pull = z.sub_(norm[:, None]).exp_().mul_(-factor[:, None])
-    pull.scatter_add_(-1, target[:, None], factor[:, None])
-    if bend is not None:
-        pull *= bend
-    return pull if scale == 1.0 else pull.mul_(scale)
+    def pull(self, hidden: Tensor, target: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(tokens,) log-probability of `target`, and (tokens, vocabulary) d logp / d (h W^T + b), into `out` or what the next call uses."""
+        out = self.products[: len(hidden)] if out is None else out
+        torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=out)
+        z = self.logits[: len(hidden)].copy_(out)
+        if self.bias is not None:
+            z += self.bias
+        if self.scale != 1.0:
+            z *= self.scale
+        bend = None
+        if self.cap is not None:
+            z.div_(self.cap).tanh_()
+            bend = 1 - z**2
+            z *= self.cap
+        there = z.gather(-1, target[:, None])[:, 0]
+        top = z.amax(-1)
+        total = z.sub_(top[:, None]).exp_().sum(-1)
+        pull = z.div_(-total[:, None])
+        pull.scatter_add_(-1, target[:, None], torch.ones_like(total)[:, None])
+        if bend is not None:
+            pull *= bend
+        if self.scale != 1.0:
+            pull *= self.scale
+        return there - top - total.log(), out.copy_(pull)
 
 
 def token_logps(
