@@ -451,7 +451,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, truth: tuple[flo
     assert gap(grad, truth[1]) < 1e-5
 
 
-def test_alpha_zero_equals_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
+def test_alpha_zero_equals_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sft_weight: float) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # its only warning, on import
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     from datasets import Dataset
@@ -463,14 +464,14 @@ def test_alpha_zero_equals_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         {"prompt": "w30", "chosen": " w31", "rejected": " w32 w33 w34 w35 w36"},
     ]
     theirs_args = CPOConfig(
-        output_dir=str(tmp_path), loss_type="simpo", cpo_alpha=0.0, alpha=0.0, beta=BETA, simpo_gamma=GAMMA, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, per_device_train_batch_size=3, report_to="none", disable_tqdm=True, max_length=64,
+        output_dir=str(tmp_path), loss_type="simpo", cpo_alpha=sft_weight, alpha=0.0, beta=BETA, simpo_gamma=GAMMA, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, per_device_train_batch_size=3, report_to="none", disable_tqdm=True, max_length=64,
     )  # fmt: skip
     theirs = CPOTrainer(model=llama(), args=theirs_args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
     their_loss, metrics = theirs.get_batch_loss_metrics(theirs.model, next(iter(theirs.get_train_dataloader())))
     their_loss.backward()
 
-    ours = trainer_for(tmp_path, llama(), rows, alpha=0.0)
+    ours = trainer_for(tmp_path, llama(), rows, alpha=0.0, sft_weight=sft_weight)
     groups = list(ours.train_dataset)
     assert [(len(g.responses), len(g.pairs)) for g in groups] == [(3, 2), (2, 1)]
     loss, grad = step(ours, split(groups, 1))

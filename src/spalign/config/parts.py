@@ -142,6 +142,9 @@ class LoraConfig(Part):
     """Weight-decomposed: direction by the adapter, magnitude by itself. vLLM serves it only merged."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
+    base_dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
+    """What the frozen weights are held in; the adapter is float32 always. auto: bfloat16 on a GPU, float32 on a CPU. nf4: four bits
+    (QLoRA), needs bitsandbytes."""
 
 
 class GuardConfig(Part):
@@ -160,15 +163,18 @@ class GuardConfig(Part):
 
 
 class TrainConfig(Part):
-    """Uncertainty-guided SimPO (SPA, Eq. 3)."""
+    """Uncertainty-guided SimPO (SPA, Eq. 3), or one of its baselines on the same pairs."""
 
+    loss: Literal["spa", "simpo", "dpo", "sft"] = "spa"
+    """spa: Eq. 3. simpo: the same with all weights 1. dpo: against the policy as it was. sft: on the chosen responses."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     epochs: Annotated[float, Field(gt=0)] = 1.0
     prompts_per_step: PositiveInt = 8
     """Prompts (with all their pairs) in one optimiser step."""
     prompts_per_forward: PositiveInt = 1
     """Prompts in one forward pass, a divisor of prompts_per_step; does not change the result."""
-    beta: Annotated[float, Field(gt=0)] = 2.5
+    beta: Annotated[float, Field(gt=0)] | None = None
+    """Scale of the log-probabilities: of their mean (2.5 where none is given), for dpo of their sum (0.1)."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
     """Target margin, absolute (SimPO's recipes quote gamma/beta)."""
     alpha: Annotated[float, Field(ge=0)] = 1.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spalign.config import EngineConfig
 from spalign.engines.attention import register
@@ -36,20 +38,23 @@ def inference_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
-def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, ready on the device. Raises ModelError with what to do."""
+def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal["nf4"]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, ready on the device; nf4: in four bits, to be frozen under an adapter. Raises ModelError with what to do."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     where = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        how = _four_bits(config) if dtype == "nf4" else {"dtype": dtype}
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True, attn_implementation=register()
+            where, **how, trust_remote_code=config.trust_remote_code, use_safetensors=True, attn_implementation=register()
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
         raise ModelError(
             f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}",
             hint="check the name, your network and your access to the hub; or use a local folder",
         ) from e
+    if dtype == "nf4":  # it is where it belongs
+        return model, tokenizer
     try:
         return model.to(device_of(config)), tokenizer
     except (RuntimeError, AssertionError) as e:
@@ -57,3 +62,13 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype) -> tuple[
             f"model '{name}' cannot be put on '{device_of(config)}': {str(e).splitlines()[0]}",
             hint="set engine.device to cpu or a device that is there",
         ) from e
+
+
+def _four_bits(config: EngineConfig) -> dict[str, Any]:
+    """QLoRA's base: NF4 with quantised constants, products in bf16."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("weights in four bits need bitsandbytes", hint="pip install bitsandbytes, or set train.lora.base_dtype=bfloat16")
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return {"dtype": torch.bfloat16, "quantization_config": quantized, "device_map": {"": device_of(config)}}

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spalign.config import OUTLETS
+from spalign.config import OUTLETS, LoraConfig
 from spalign.errors import NothingToTrainOn, RunFolderError
 from spalign.evaluation import repetition
 from spalign.pipeline.context import Context, Policy, Step
@@ -99,13 +99,14 @@ def _train(
     train = run.config.train
     device = device_of(run.config.engine)
     bf16 = fast_bf16(device) and run.config.engine.dtype != "float32"
-    model, tokenizer = load_model(policy.name, run.config.engine, dtype=torch.float32)
+    model, tokenizer = load_model(policy.name, run.config.engine, dtype=_held_in(train.lora, device))
     _check_space(model, folder, adapter=train.lora is not None, keep=train.keep_checkpoints if run.config.evaluation.gate.enabled else 0)
     probe = _probe(run, tokenizer, prompts, rows, torch.bfloat16 if bf16 else None)
     before = probe(model)
     guard = CollapseGuard(probe, before, train.guard)
     args = SPAConfig(
         output_dir=str(folder / "checkpoints"),
+        loss=train.loss,
         beta=train.beta,
         gamma=train.gamma,
         alpha=train.alpha,
@@ -232,13 +233,23 @@ def _probe(run: Context, tokenizer: Any, prompts: Sequence[Prompt], rows: Sequen
     return probe
 
 
+def _held_in(lora: LoraConfig | None, device: str) -> Any:
+    """What the policy is loaded in: float32 where its weights train, because bf16 loses updates of 1e-5; a frozen base as configured."""
+    import torch
+
+    kind = "float32" if lora is None else lora.base_dtype
+    if kind == "auto":
+        kind = "float32" if device == "cpu" else "bfloat16"
+    return kind if kind == "nf4" else getattr(torch, kind)
+
+
 def _lora(run: Context) -> Any:
     lora = run.config.train.lora
     if lora is None:
         return None
-    from peft import LoraConfig
+    import peft
 
-    return LoraConfig(
+    return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

@@ -37,7 +37,7 @@ class _TokenLogps(torch.autograd.Function):
             out[at], pull = tile.pull(hidden[at], target[at], None if kept is None else kept[at])
             if direction is not None:
                 direction[at] = (pull @ tile.weight).to(hidden.dtype)
-        ctx.save_for_backward(hidden, weight, bias, target, direction, kept)
+        ctx.save_for_backward(hidden if to_weight or to_bias else None, weight, bias, target, direction, kept)
         ctx.how = (scale, cap, dtype)
         return out
 

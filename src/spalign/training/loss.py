@@ -45,5 +45,5 @@ def dpo_loss(
 
 
 def sft_loss(chosen_sums: Tensor, num_tokens: float | Tensor) -> Tensor:
-    """Mean negative log-probability a token of the chosen responses, each once. chosen_sums: (distinct chosen,), summed nats."""
+    """Mean negative log-probability a token. chosen_sums: (responses,), summed nats; num_tokens: of the whole optimiser step's."""
     return -chosen_sums.sum() / num_tokens

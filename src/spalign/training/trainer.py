@@ -31,6 +31,7 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
     A batch counts prompts: per_device_train_batch_size=2 runs two prompts, with all their responses and pairs, in one forward pass.
     loss: `spa` (Eq. 3), `simpo` (Eq. 3 with all weights 1), `dpo` (against the policy as it was before training), `sft` (on the chosen).
     beta: scale of the mean log-probabilities, for dpo of the summed ones. gamma: target margin, absolute. alpha: exponent of the weight.
+    sft_weight: of the mean negative log-probability a token of the pairs' chosen responses, added to a loss of pairs (CPO's `cpo_alpha`).
     weight_column, margin_column: columns of the data to take a pair's weight (instead of Eq. 3's, for every loss of pairs) or its margin
     (instead of gamma) from.
     max_length: rows whose prompt and completion exceed it are dropped and counted (None: the model's window).
@@ -40,6 +41,7 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
     beta: float | None = field(default=None, metadata={"help": "Scale of log-probabilities; 2.5, and 0.1 for dpo."})
     gamma: float = field(default=1.0, metadata={"help": "Target margin, absolute (not gamma/beta)."})
     alpha: float = field(default=1.0, metadata={"help": "Exponent of the pair weights; 0 is plain SimPO."})
+    sft_weight: float = field(default=0.0, metadata={"help": "Weight of the chosen responses' negative log-likelihood beside the pairs."})
     weight_column: str | None = field(default=None, metadata={"help": "Column with the weights of pairs."})
     margin_column: str | None = field(default=None, metadata={"help": "Column with the target margins of pairs."})
     max_length: int | None = field(default=None, metadata={"help": "Longest prompt plus completion, in tokens."})
@@ -54,8 +56,9 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"loss must be one of {', '.join(_BETA)}; got {self.loss!r}")
         if self.beta is None:
             self.beta = _BETA[self.loss]
-        if self.beta <= 0 or self.gamma < 0 or self.alpha < 0:
-            raise ValueError(f"beta must be > 0, gamma and alpha >= 0; got {self.beta}, {self.gamma}, {self.alpha}")
+        if self.beta <= 0 or min(self.gamma, self.alpha, self.sft_weight) < 0:
+            numbers = f"{self.beta}, {self.gamma}, {self.alpha}, {self.sft_weight}"
+            raise ValueError(f"beta must be > 0, gamma, alpha and sft_weight >= 0; got {numbers}")
 
     @property
     def weighs_by_gap(self) -> bool:
@@ -70,6 +73,9 @@ class StepTotals:
     pairs: float
     mean_gap: float
     chosen_tokens: float
+    """Of distinct chosen responses."""
+    pair_tokens: float
+    """Of the pairs' chosen responses, one that stands in three pairs three times."""
 
 
 class SPATrainer(Trainer):  # type: ignore[misc]
@@ -115,7 +121,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         collator = partial(collate, layout=layout, pad=pad)
         super().__init__(model=model, args=args, train_dataset=groups, data_collator=collator, processing_class=processing_class, **kwargs)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
-        self._totals = StepTotals(1.0, 1.0, 1.0)
+        self._totals = StepTotals(1.0, 1.0, 1.0, 1.0)
         self._names: list[str] = []
         self._metrics: list[Tensor] = []
 
@@ -176,14 +182,15 @@ class SPATrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """The micro-batches of one optimiser step; what a loss divides by is counted over all of them and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        mine = torch.zeros(3, dtype=torch.float64)
+        mine = torch.zeros(4, dtype=torch.float64)
         for b in batches:
-            tokens = torch.bincount(b["owner"])[b["chosen"].unique()].sum()
-            mine += torch.tensor([len(b["gaps"]), b["gaps"].double().sum(), tokens], dtype=torch.float64)
-        pairs, gap, tokens = self.accelerator.reduce(mine.float().to(device), reduction="sum").tolist()
+            count = torch.bincount(b["owner"])
+            once, each = count[b["chosen"].unique()].sum(), count[b["chosen"]].sum()
+            mine += torch.tensor([len(b["gaps"]), b["gaps"].double().sum(), once, each], dtype=torch.float64)
+        pairs, gap, once, each = self.accelerator.reduce(mine.float().to(device), reduction="sum").tolist()
         if self.args.weighs_by_gap and batches and gap <= 0:  # Eq. 3 is 0/0 there: pairs of no weight
             logger.warning("spalign: all %d pairs of step %d have gap 0 and so no weight", pairs, self.state.global_step + 1)
-        self._totals = StepTotals(pairs, gap / pairs if gap > 0 else 1.0, tokens)
+        self._totals = StepTotals(pairs, gap / pairs if gap > 0 else 1.0, once, each)
         self._names = [name for b in batches for name in b["names"]]
         return batches, None
 
@@ -225,9 +232,11 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         if args.loss == "dpo":
             sums, references = logps * count, inputs["references"]
             sides = (sums[chosen], sums[rejected], references[chosen], references[rejected])
-            return dpo_loss(*sides, weights, beta=args.beta, num_pairs=totals.pairs)
-        gamma = args.gamma if args.margin_column is None else inputs["margins"]
-        return spa_loss(logps[chosen], logps[rejected], weights, beta=args.beta, gamma=gamma, num_pairs=totals.pairs)
+            loss = dpo_loss(*sides, weights, beta=args.beta, num_pairs=totals.pairs)
+        else:
+            gamma = args.gamma if args.margin_column is None else inputs["margins"]
+            loss = spa_loss(logps[chosen], logps[rejected], weights, beta=args.beta, gamma=gamma, num_pairs=totals.pairs)
+        return loss + args.sft_weight * sft_loss((logps * count)[chosen], totals.pair_tokens) if args.sft_weight else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Trainer asks for the norm after the last backward pass of a step and before the optimiser's step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spalign.training.estimate.memory import NF4
+from spalign.training.estimate.memory import NF4, keeps_pulls
 from spalign.training.estimate.plan import Plan
 
 
@@ -13,7 +13,7 @@ def flops_of(plan: Plan) -> float:
     checkpointing runs forward again. Adapters: 2 N_adapter forward and 4 backward; DoRA's product of its factors, 2 r in (in + out) a
     matrix, once a forward pass, whatever the batch. Attention: 4 a a layer for each pair of a token and one it sees: (P + 1) / 2 of them
     for a prompt token, P + (R + 1) / 2 for a response token; backward 2.5 times that, as flash kernels make the scores again. Head: 2 d V a
-    response token forward; backward the logits again and two products, or, frozen, one product (made on the way forward).
+    response token forward; backward two products, or, frozen, one (made on the way forward); and the logits again where they are many.
     """
     n, p, k, r = plan.model, plan.prompt_tokens, plan.responses, plan.response_tokens
     again = 1 if plan.checkpointing else 0
@@ -23,7 +23,7 @@ def flops_of(plan: Plan) -> float:
         adapter += 2 * plan.rank * n.layers * sum(i * (i + o) for i, o in n.linears) * (1 + again) / plan.prompts_per_forward
     seen = p * (p + 1) / 2 + k * r * (p + (r + 1) / 2)
     attention = 4 * n.attention * n.layers * seen * (1 + again + 2.5)
-    head = 2 * n.head * k * r * (2 if plan.adapted else 4)
+    head = 2 * n.head * k * r * (2 if plan.adapted else 3 if keeps_pulls(plan) else 4)
     return float(body + adapter + attention + head)
 
 

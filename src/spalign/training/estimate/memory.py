@@ -8,8 +8,10 @@ from spalign.training.estimate.plan import Plan
 
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """B a weight in 4 bits: blocks of 64 with an 8-bit scale, 256 scales with an fp32 one (double quantisation)."""
-TILE = 1 << 26
+TILE = 1 << 25
 """Logits in one tile of the LM head (`training/head.py`)."""
+KEPT = 1 << 27
+"""Logits of a batch up to which a trained head keeps what its weight's gradient needs (`training/head.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +142,22 @@ def layer_kept(plan: Plan) -> float:
 
 def outer_kept(plan: Plan) -> float:
     """B kept outside the layers, of one prompt: the last norm's input in fp32 and inverse root, 4 d + 4; for full fine-tuning also its
-    normalised form, 4 d; sines and cosines, 2 x head size; of response tokens the head's input or, of a frozen head, its gradient, d.
-    The last two in fp32 for full fine-tuning, else in bf16."""
+    normalised form, 4 d; sines and cosines, 2 x head size; of response tokens the gradient of the head's input, d, and where the head is
+    trained the input, d. The last three in fp32 for full fine-tuning, else in bf16. Of a trained head in a small batch also every logit's
+    gradient, V, in bf16."""
     n = plan.model
     wide = 4 if plan.method == "full" else 2
     token = (8 if plan.method == "full" else 4) * n.hidden + 4 + 2 * wide * n.head_dim
-    return float(token * plan.tokens + wide * n.hidden * plan.responses * plan.response_tokens)
+    answers = plan.responses * plan.response_tokens
+    if plan.adapted:
+        return float(token * plan.tokens + wide * n.hidden * answers)
+    pulls = 2 * n.vocab if keeps_pulls(plan) else 0
+    return float(token * plan.tokens + (2 * wide * n.hidden + pulls) * answers)
+
+
+def keeps_pulls(plan: Plan) -> bool:
+    """Whether the head is trained and keeps every logit's gradient from the forward pass, instead of making the logits again."""
+    return not plan.adapted and plan.prompts_per_forward * plan.responses * plan.response_tokens * plan.model.vocab <= KEPT
 
 
 def kept(plan: Plan) -> float:
