@@ -265,7 +265,10 @@ def ideal(prompts: Sequence[Prompt], value: Callable[[float, float], Any]) -> Me
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """weight: order by (weight * harmlessness + helpfulness) instead of by priority. sft: imitate the best answer of each group."""
+    """weight: order by (weight * harmlessness + helpfulness) instead of by priority. sft: imitate the best answer of each group.
+
+    anchor: `train.sft_weight`, the weight of the chosen answers' likelihood beside the pairs.
+    """
 
     name: str
     weight: float | None = None
@@ -273,6 +276,7 @@ class Arm:
     denoised: bool = True
     threshold: bool = True
     alpha: float = TrainConfig().alpha
+    anchor: float = TrainConfig().sft_weight
     iterations: int = 1
 
     @property
@@ -292,6 +296,11 @@ ARMS = (
     Arm("SPA, no weights", alpha=0.0),
     Arm("SPA, no threshold", threshold=False),
     Arm("SPA, a second iteration", iterations=2),
+    Arm("SPA, anchored", anchor=0.5),
+    Arm("SPA, anchored, 3 iterations", anchor=0.5, iterations=3),
+    Arm("weighted sum 1:1, anchored, 3 iterations", weight=1.0, anchor=0.5, iterations=3),
+    Arm("weighted sum 2:1, anchored, 3 iterations", weight=2.0, anchor=0.5, iterations=3),
+    Arm("SFT on SPA's best, 3 iterations", sft=True, iterations=3),
 )
 TRAIN_PROMPTS, HELD_OUT, CANDIDATES, DRAFTS = 512, 36, 6, 4
 STEPS, BATCH, LEARNING_RATE = 60, 16, 1e-3
@@ -359,6 +368,7 @@ def train(arm: Arm, model: LlamaForCausalLM, groups: Sequence[PromptGroup], seed
             beta=defaults.beta,
             gamma=defaults.gamma,
             alpha=arm.alpha,
+            sft_weight=arm.anchor,
             learning_rate=LEARNING_RATE,
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,

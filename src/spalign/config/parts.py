@@ -179,6 +179,8 @@ class TrainConfig(Part):
     """Target margin, absolute (SimPO's recipes quote gamma/beta)."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """Exponent of the weight; 0 is plain SimPO."""
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen responses' mean negative log-likelihood beside the pairs; 0.5 is what the lab (docs/lab.md) iterates with."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -110,6 +110,7 @@ def _train(
         beta=train.beta,
         gamma=train.gamma,
         alpha=train.alpha,
+        sft_weight=train.sft_weight,
         learning_rate=train.learning_rate,
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.prompts_per_forward,
