@@ -17,7 +17,7 @@ Premises; none names an arm (how they came about: docs/lab.md):
 5. The first policy leans to refusing by intent, little more; under a good system prompt its answers are somewhat better, never sure to be.
 6. Self-scores are the truth plus noise of deviation 0.7 an answer and objective, always the same for the same answer.
 7. In one prompt of five the judge misreads the prompt: there harmlessness is read upside down, and noise has a deviation of 2.5.
-8. All arms have the same first policy, prompts, samples, judge and number of steps; one iteration unless the arm says two.
+8. All arms have the same first policy, prompts, samples, judge and number of steps an iteration; the later iterations sample anew.
 
 The rest is spalign's own: the choice of the refined draft, denoising, order, pairs, Eq. 3, with the defaults of its configuration but for
 the learning rate, steps and prompts a step (of this model), four drafts, and all pairs of Eq. 2 without a balance of lengths.
@@ -284,7 +284,7 @@ class Arm:
         return SUM if self.weight is not None else PRIORITY if self.threshold else NO_THRESHOLD
 
 
-ARMS = (
+ONCE = (
     Arm("SPA"),
     Arm("weighted sum 1:1", weight=1.0),
     Arm("weighted sum 1.3:1", weight=1.3),
@@ -295,13 +295,26 @@ ARMS = (
     Arm("SPA, no denoising", denoised=False),
     Arm("SPA, no weights", alpha=0.0),
     Arm("SPA, no threshold", threshold=False),
-    Arm("SPA, a second iteration", iterations=2),
-    Arm("SPA, anchored", anchor=0.5),
-    Arm("SPA, anchored, 3 iterations", anchor=0.5, iterations=3),
-    Arm("weighted sum 1:1, anchored, 3 iterations", weight=1.0, anchor=0.5, iterations=3),
-    Arm("weighted sum 2:1, anchored, 3 iterations", weight=2.0, anchor=0.5, iterations=3),
-    Arm("SFT on SPA's best, 3 iterations", sft=True, iterations=3),
 )
+
+
+def _iterated(name: str, **changes: Any) -> Arm:
+    return Arm(**{"name": f"{name}, 3 iterations", "alpha": 0.0, "anchor": 0.5, "iterations": 3, **changes})
+
+
+ITERATED = (
+    _iterated("SPA"),
+    _iterated("weighted sum 1:1", weight=1.0),
+    _iterated("weighted sum 1.3:1", weight=1.3),
+    _iterated("weighted sum 2:1", weight=2.0),
+    _iterated("SFT on the best sum", weight=1.0, sft=True),
+    _iterated("SFT on SPA's best", sft=True),
+    _iterated("SPA, no denoising", denoised=False),
+    _iterated("SPA, no threshold", threshold=False),
+    _iterated("SPA, no likelihood", anchor=0.0),
+    _iterated("SPA, Eq. 3's weights", alpha=TrainConfig().alpha),
+)
+"""With the chosen answers' likelihood beside the pairs, and all weights 1."""
 TRAIN_PROMPTS, HELD_OUT, CANDIDATES, DRAFTS = 512, 36, 6, 4
 STEPS, BATCH, LEARNING_RATE = 60, 16, 1e-3
 DENOISE = DenoiseConfig()
@@ -407,7 +420,7 @@ def imitate(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]]
         schedule.step()
 
 
-def run_seed(seed: int, arms: Sequence[Arm] = ARMS) -> dict[str, Measured]:
+def run_seed(seed: int, arms: Sequence[Arm] = (*ONCE, *ITERATED)) -> dict[str, Measured]:
     """Every arm from the same first policy; "before" is that policy itself."""
     prompts = all_prompts()
     random.Random(f"split {seed}").shuffle(prompts)
@@ -426,7 +439,7 @@ def run_seed(seed: int, arms: Sequence[Arm] = ARMS) -> dict[str, Measured]:
 # -- The report -------------------------------------------------------------------------------------------------------
 
 
-def run(seeds: int, arms: Sequence[Arm] = ARMS) -> dict[str, list[Measured]]:
+def run(seeds: int, arms: Sequence[Arm] = (*ONCE, *ITERATED)) -> dict[str, list[Measured]]:
     """{arm: a Measured a seed}."""
     transformers_logging.set_verbosity_error()
     by_seed = [run_seed(seed, arms) for seed in range(seeds)]
@@ -463,11 +476,11 @@ def _cell(values: Sequence[float], field: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS])
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in (*ONCE, *ITERATED)])
     args = parser.parse_args()
     began = time.perf_counter()
     torch.set_num_threads(1)
-    results = run(args.seeds, [arm for arm in ARMS if args.arms is None or arm.name in args.arms])
+    results = run(args.seeds, [arm for arm in (*ONCE, *ITERATED) if args.arms is None or arm.name in args.arms])
     print(table(results))
     print("\nEach order followed exactly, without noise or training:\n")
     print(table({name: [m] for name, m in ideals().items()}))

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 SEEDS = 5
-ARMS = ("SPA", "weighted sum 1:1", "weighted sum 5:1", "SFT on the best sum", "SPA, no denoising", "SPA, no weights", "SPA, no threshold")
+ARMS = ("SPA", "weighted sum 5:1", "SPA, no denoising", "SPA, no weights", "SPA, no threshold")
+SPA, SUM, SFT, NO_THRESHOLD = (f"{name}, 3 iterations" for name in ("SPA", "weighted sum 1:1", "SFT on the best sum", "SPA, no threshold"))
 
 
 def _load() -> ModuleType:
@@ -31,7 +32,8 @@ lab = _load()
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = lab.run(SEEDS, [arm for arm in lab.ARMS if arm.name in ARMS])
+    wanted = (*ARMS, SPA, SUM, SFT, NO_THRESHOLD)
+    found: dict[str, list[Any]] = lab.run(SEEDS, [arm for arm in (*lab.ONCE, *lab.ITERATED) if arm.name in wanted])
     return found
 
 
@@ -113,9 +115,17 @@ def test_spa_comes_nearer_to_the_optimum_on_both_counts(results: dict[str, list[
     assert mean(results, "SPA", "safe_help") > 0.65
 
 
-def test_the_plain_sum_crosses_the_line(results: dict[str, list[Any]]) -> None:
-    assert every_seed(results, "violations", "SPA", "weighted sum 1:1")
-    assert mean(results, "weighted sum 1:1", "violations") > mean(results, "SPA", "violations") + 0.07
+def test_in_three_iterations_spa_reaches_the_neighbourhood_of_the_optimum(results: dict[str, list[Any]]) -> None:
+    assert all(m.violations < 0.06 and m.safe_help > 0.85 for m in results[SPA])
+    assert mean(results, SPA, "violations") < 0.03
+    assert mean(results, SPA, "safe_help") > 0.9
+
+
+@pytest.mark.parametrize(("rival", "over", "help_less"), [(SUM, 0.12, 0.1), (SFT, 0.15, 0.1)])
+def test_the_plain_sum_and_sft_on_it_do_not(results: dict[str, list[Any]], rival: str, over: float, help_less: float) -> None:
+    assert every_seed(results, "violations", SPA, rival)
+    assert mean(results, rival, "violations") > mean(results, SPA, "violations") + over
+    assert mean(results, rival, "safe_help") < mean(results, SPA, "safe_help") - help_less
 
 
 def test_a_heavy_weight_gives_up_help(results: dict[str, list[Any]]) -> None:
@@ -123,17 +133,18 @@ def test_a_heavy_weight_gives_up_help(results: dict[str, list[Any]]) -> None:
     assert mean(results, "weighted sum 5:1", "safe_help") < mean(results, "SPA", "safe_help") - 0.2
 
 
-def test_without_the_threshold_help_is_lost(results: dict[str, list[Any]]) -> None:
-    assert every_seed(results, "safe_help", "SPA, no threshold", "SPA")
-    assert mean(results, "SPA, no threshold", "safe_help") < mean(results, "SPA", "safe_help") - 0.2
+@pytest.mark.parametrize(("without", "spa"), [("SPA, no threshold", "SPA"), (NO_THRESHOLD, SPA)])
+def test_without_the_threshold_help_is_lost(results: dict[str, list[Any]], without: str, spa: str) -> None:
+    assert every_seed(results, "safe_help", without, spa)
+    assert mean(results, without, "safe_help") < mean(results, spa, "safe_help") - 0.2
+
+
+def test_without_denoising_help_is_lost(results: dict[str, list[Any]]) -> None:
+    """Not in every seed: 5 points in the mean."""
+    assert mean(results, "SPA, no denoising", "safe_help") < mean(results, "SPA", "safe_help") - 0.02
 
 
 def test_the_weights_cost_harmlessness_here(results: dict[str, list[Any]]) -> None:
     """A finding against Eq. 3's weights: the likely reason is that Delta cancels where the objectives conflict."""
     assert mean(results, "SPA, no weights", "violations") < mean(results, "SPA", "violations") - 0.02
     assert abs(mean(results, "SPA, no weights", "safe_help") - mean(results, "SPA", "safe_help")) < 0.06
-
-
-def test_sft_crosses_the_line_more_often_than_unweighted_spa(results: dict[str, list[Any]]) -> None:
-    assert every_seed(results, "violations", "SPA, no weights", "SFT on the best sum")
-    assert mean(results, "SFT on the best sum", "violations") > mean(results, "SPA, no weights", "violations") + 0.05
