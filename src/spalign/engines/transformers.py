@@ -17,7 +17,8 @@ from spalign.engines.base import Ask, Capability, Completion, GenerateRequest
 from spalign.engines.loading import inference_dtype, load_model
 from spalign.engines.prefix_tree import Node, Tokens, prefix_tree
 from spalign.engines.sampling import next_tokens, uniforms
-from spalign.errors import EngineError, ModelError
+from spalign.engines.tokens import ChatTokens
+from spalign.errors import EngineError
 from spalign.types import Message
 
 T = TypeVar("T")
@@ -32,20 +33,11 @@ class TransformersEngine:
     capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood", "representations"})
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 128) -> None:
-        if not tokenizer.chat_template:
-            raise ModelError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template",
-                hint="use an instruct model, or set tokenizer.chat_template and save it",
-            )
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         eos = model.generation_config.eos_token_id if model.generation_config else None
-        self._eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-        if not self._eos:
-            raise ModelError(f"{tokenizer.name_or_path}: no end-of-sequence token", hint="set tokenizer.eos_token and save the tokenizer")
+        self.tokens = ChatTokens(tokenizer, eos if isinstance(eos, list) else [eos])
+        self._eos = self.tokens.eos
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._eos)
-        # all_special_tokens lacks those that have no role of their own, such as Llama 3's <|start_header_id|>
-        added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self._special = sorted({*tokenizer.all_special_tokens, *added} - {""})
 
     @classmethod
     def load(cls, name: str, config: EngineConfig) -> TransformersEngine:
@@ -59,25 +51,10 @@ class TransformersEngine:
         return int(limit) if limit else 1 << 20
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        turns = [{"role": m.role, "content": self._defused(m.content)} for m in messages]
-        try:
-            return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
-        except Exception as e:  # jinja raises what the template asks it to
-            raise ModelError(
-                f"the chat template refused the conversation: {e}",
-                hint="some models take no system turn; see the constitution's system_variants",
-            ) from e
+        return self.tokens.chat(messages)
 
     def encode_response(self, text: str) -> list[int]:
-        ids = self.tokenizer(self._defused(text), add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else min(self._eos)]
-
-    def _defused(self, text: str) -> str:
-        """`text` in which nothing reads as a special token: a prompt or a response cannot open or close a turn."""
-        for token in self._special:
-            if token in text:
-                text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
+        return self.tokens.response(text)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
@@ -137,7 +114,7 @@ class TransformersEngine:
         if not asks:
             return []
         encoded = [self._encode_ask(a) for a in asks]
-        choice_ids = [self._one_token(c, chat=not isinstance(asks[0], str)) for c in choices]
+        choice_ids = [self.tokens.one(c, chat=not isinstance(asks[0], str)) for c in choices]
         distinct = sorted({ids for ids in encoded if len(ids) < self.window})
         found: dict[Tokens, tuple[float, ...]] = {}
         for leaves, out in self._walk(distinct, [len(ids) - 1 for ids in distinct]):
@@ -215,18 +192,7 @@ class TransformersEngine:
 
     def check_choices(self, choices: Sequence[str], *, chat: bool = False) -> None:
         for choice in choices:
-            self._one_token(choice, chat=chat)
-
-    def _one_token(self, choice: str, *, chat: bool) -> int:
-        # as it stands after text: some tokenizers give a lone word one more token
-        lead = "\n" if chat else "Answer:"
-        before, ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (lead, f"{lead}{choice}"))
-        ids = ids[len(before) :] if ids[: len(before)] == before else ids
-        if len(ids) != 1:
-            raise EngineError(
-                f"the choice {choice!r} is {len(ids)} tokens for this tokenizer, not one", hint="use the likert scorer for this model"
-            )
-        return int(ids[0])
+            self.tokens.one(choice, chat=chat)
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
         """Next-token logits (rows, vocabulary), the cache and its mask (rows, keys) after `prompts`; equal prompts run once."""
