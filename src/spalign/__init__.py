@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from spalign.config import RunConfig, load_config
     from spalign.constitution import Constitution, Objective, load_constitution
+    from spalign.engines.openai import OpenAIEngine
     from spalign.engines.scripted import ScriptedEngine
     from spalign.engines.transformers import TransformersEngine
     from spalign.errors import SpalignError
@@ -30,6 +31,7 @@ _HOME = {
     "Judgement": "selfeval",
     "Message": "types",
     "Objective": "constitution",
+    "OpenAIEngine": "engines.openai",
     "PreferencePair": "types",
     "Prompt": "types",
     "PromptGroup": "types",
@@ -66,6 +68,7 @@ __all__ = [
     "Judgement",
     "Message",
     "Objective",
+    "OpenAIEngine",
     "PreferencePair",
     "Prompt",
     "PromptGroup",

@@ -74,7 +74,7 @@ _stage_command("train", "Stage 6: train on the pairs.")
 
 
 @app.command("judge-check")
-def judge_check(
+def judge_check(  # noqa: PLR0913, PLR0917  an option each
     model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or `demo`.")],
     scorer: Annotated[list[str] | None, typer.Option(help="A scorer, `auto` or `all`; can be repeated.", show_default="auto")] = None,
     data: Annotated[
@@ -88,11 +88,15 @@ def judge_check(
         typer.Option(help="Threshold that leaves this share of the bad answers below it.", show_default="equal errors"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where to write what a run can use (self_evaluation.judge_file).")] = Path("judge.yaml"),
+    base_url: Annotated[
+        str | None, typer.Option(help="Server of the model (OpenAI protocol); the key is OPENAI_API_KEY.", show_default="here")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
     """Measure how well a model can judge, asked in every way, and recommend a scorer and a threshold per objective."""
     import json
 
+    from spalign.config import engine_at
     from spalign.pipeline.judging import check_model
     from spalign.report import Progress, print_judge
 
@@ -106,6 +110,7 @@ def judge_check(
         bad_recall=bad_recall,
         out=out,
         ui=ui,
+        engine=engine_at(base_url),
     )
     print_judge(found, ui.console)
     ui.line(f"written: {out}" if found["recommended"] else "nothing written: no scorer can be recommended", style="bold")

@@ -240,7 +240,7 @@ class RunFolder:
 def versions() -> dict[str, str]:
     """Versions of what the results depend on; nothing is imported for it."""
     found = {"python": platform.python_version()}
-    for name in ("spalign", "torch", "transformers", "peft", "numpy"):
+    for name in ("spalign", "torch", "transformers", "peft", "numpy", "openai"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -4,7 +4,7 @@ The defaults are the `robust` recipe; `paper` is the method as published. They d
 each of which can be set by itself, so an ablation is one `--set`.
 """
 
-from spalign.config.load import config_from, load_config, parse_set
+from spalign.config.load import config_from, engine_at, load_config, parse_set
 from spalign.config.parts import (
     HUB_ID,
     OUTLETS,
@@ -45,6 +45,7 @@ __all__ = [
     "SelfEvaluationConfig",
     "TrainConfig",
     "config_from",
+    "engine_at",
     "load_config",
     "parse_set",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from spalign.config.parts import EngineConfig
 from spalign.config.run import RECIPES, RunConfig, merge
 from spalign.errors import ConfigError
 from spalign.yamlfile import Location, build, load_yaml
@@ -25,6 +26,12 @@ def parse_set(text: str) -> tuple[list[str], Any]:
             f"--set {text!r}: the value is not valid YAML", hint="quote it for the shell, for example --set 'prompts.suffix=\"Be brief.\"'"
         ) from None
     return key.split("."), parsed
+
+
+def engine_at(base_url: str | None) -> EngineConfig:
+    """The engine of a model that is served there; None: of one that runs here. Raises ConfigError."""
+    data = {"kind": "openai", "base_url": base_url} if base_url is not None else {}
+    return build(EngineConfig, data, source="--base-url", lines={}, error=ConfigError)
 
 
 def load_config(path: str | Path, sets: tuple[str, ...] = ()) -> RunConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -52,15 +53,64 @@ class PromptsConfig(Part):
 
 
 class EngineConfig(Part):
-    """How the model is run."""
+    """How a model is run: here, or by a server that speaks the OpenAI protocol (docs/engines.md)."""
 
-    kind: Literal["transformers"] = "transformers"
+    kind: Literal["transformers", "openai"] = "transformers"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""
     device: str = "auto"
     batch_size: PositiveInt = 128
     """Sequences that run through the model together."""
     trust_remote_code: bool = False
+    base_url: str | None = None
+    """openai: where the server is, usually ending in /v1. The model's name there is the run's `model`, or the judge's name."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    """openai: the environment variable that holds the key; the key itself stands nowhere. Without one none is sent."""
+    tokenizer: str | None = None
+    """openai: local folder or hub id of the model that is served: its tokenizer, and what is trained; default: `model`, where it is one."""
+    concurrency: PositiveInt = 32
+    """openai: requests under way at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """openai: seconds without a byte from the server after which a request is tried again."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """openai: how often a request is tried again after 429, 408, 409, 5xx, a lost connection, or a reply that is none."""
+
+    @property
+    def served(self) -> bool:
+        """Whether the model runs on a server, of which only the name is known here."""
+        return self.kind == "openai"
+
+    def matters(self) -> dict[str, Any]:
+        """What results depend on, for a stage's digest: not how many at a time, nor where a server is and how patiently it is asked."""
+        return self.model_dump(include={"kind", "dtype", "device", "trust_remote_code"})
+
+    def here(self) -> EngineConfig:
+        """How a model that the run itself made is run: no server has it."""
+        return EngineConfig(**self.model_dump(include={"dtype", "device", "batch_size", "trust_remote_code"}))
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_secret_in_the_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            fine = False
+        if not fine:
+            raise ValueError("expected an address such as http://localhost:8000/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("an address without user, password, query or fragment; a key belongs into the variable that api_key_env names")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.served and self.base_url is None:
+            raise ValueError("kind openai needs base_url, for example http://localhost:8000/v1")
+        if not self.served and (self.base_url or self.tokenizer):
+            raise ValueError(f"base_url and tokenizer are for a served model, and the kind is {self.kind}; set kind: openai")
+        return self
 
 
 class SampleConfig(Part):
@@ -82,6 +132,8 @@ class SelfEvaluationConfig(Part):
     use_constitution_thresholds: bool = True
     judge: str | None = None
     """Another model that judges; without it the policy judges itself."""
+    judge_engine: EngineConfig | None = None
+    """How `judge` and `reference_judge` are run; default: as `engine` says."""
     judge_file: str | None = None
     """A judge.yaml by `spalign judge-check`, instead of a check in the run."""
     labelled: str | None = None

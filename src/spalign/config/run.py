@@ -72,6 +72,11 @@ class RunConfig(Part):
         """The configuration without what changes nothing that is made: leave to go on with a weak judge, trackers, the hub."""
         return self.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}, "train": OUTLETS})
 
+    @property
+    def judge_engine(self) -> EngineConfig:
+        """How a judge of its own is run; the policy's tokenizer is not the judge's."""
+        return self.self_evaluation.judge_engine or self.engine.model_copy(update={"tokenizer": None})
+
     def with_recipe(self, recipe: str) -> RunConfig:
         """This run under another recipe: only the options in which recipes differ change."""
         data = self.model_dump()

@@ -95,10 +95,26 @@ class Engine(Protocol):
         ...
 
 
+class EngineFailed(EngineError):
+    """The engine can do what it was asked for, and did not: its server is gone, or refuses."""
+
+
+class NoTokenizer(EngineError):
+    """The model's tokenizer is not here: a served model that only answers."""
+
+
+def count_tokens(engine: Engine, messages: Sequence[Message]) -> int:
+    """Tokens of the conversation with the assistant's turn opened; where the tokenizer is not here, what they are at most."""
+    try:
+        return len(engine.encode_chat(messages))
+    except NoTokenizer:  # a token is at least a byte; what stands around a turn is short
+        return sum(len(m.content.encode("utf-8", "replace")) + 50 for m in messages)
+
+
 def require(engine: Engine, capability: Capability, user: str) -> None:
     """Refuse before any work starts where `engine` cannot do what `user` (a scorer, a stage) needs."""
     if capability not in engine.capabilities:
         raise EngineError(
             f"{user} needs '{capability}', which the engine '{engine.name}' does not have",
-            hint="use the likert scorer, which only generates, or an engine that gives token log-probabilities (transformers)",
+            hint="use the likert scorer, which only generates, or an engine that has it: transformers has all; see docs/engines.md",
         )

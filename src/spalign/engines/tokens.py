@@ -1,4 +1,4 @@
-"""From text to token ids: conversations by the chat template, answers as complete turns, and nothing in them that reads as a special token."""
+"""From text to token ids: conversations by the chat template, answers as turns; nothing in them reads as a special token."""
 
 from __future__ import annotations
 

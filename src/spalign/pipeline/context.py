@@ -10,7 +10,7 @@ from typing import Any
 
 from spalign.config import RunConfig
 from spalign.constitution import Constitution, Objective
-from spalign.engines.base import Ask, Completion, Engine, GenerateRequest
+from spalign.engines.base import Ask, Completion, Engine, GenerateRequest, count_tokens
 from spalign.errors import PromptError
 from spalign.report import Progress
 from spalign.report.progress import Tick
@@ -61,10 +61,14 @@ class MeteredEngine:
 
 
 class Policy:
-    """A model by name or folder, loaded when first used. `digest` says which model it is without loading it."""
+    """A model by name or folder, loaded when first used. `digest` says which model it is without loading it.
 
-    def __init__(self, name: str, digest: str, factory: EngineFactory) -> None:
-        self.name, self.digest, self._factory = name, digest, factory
+    served: it runs on a server. weights: where the model is that can be trained; default: `name`, None for a served one that is not here.
+    """
+
+    def __init__(self, name: str, digest: str, factory: EngineFactory, *, served: bool = False, weights: str | None = None) -> None:
+        self.name, self.digest, self._factory, self.served = name, digest, factory, served
+        self.weights = weights or (None if served else name)
         self._engine: MeteredEngine | None = None
 
     @property
@@ -74,8 +78,9 @@ class Policy:
         return self._engine
 
     def free(self) -> None:
-        """Give the memory back; the next use loads again."""
-        self._engine = None
+        """Give the memory back; the next use loads again. A served model has none here."""
+        if not self.served:
+            self._engine = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ class Context:
     train_prompts: list[Prompt]
     heldout_prompts: list[Prompt]
     make_engine: EngineFactory
+    make_judge: EngineFactory
     named_judge: Policy | None = None
     """The model that judges, where it is not the policy itself."""
     shares_checks: bool = False
@@ -118,7 +124,7 @@ class Context:
             messages = p.with_system(longest)
             if (
                 sum(len(m.content.encode("utf-8", "replace")) + 50 for m in messages) > room
-                and (n := len(policy.engine.encode_chat(messages))) > room
+                and (n := count_tokens(policy.engine, messages)) > room
             ):
                 raise PromptError(
                     f"prompt '{p.id}' has {n} tokens; with sample.max_new_tokens {self.config.sample.max_new_tokens} "

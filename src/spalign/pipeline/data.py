@@ -47,7 +47,7 @@ def sample_step(run: Context, base: str, policy: Policy, judging: Judging, promp
         "prompts": prompt_sets.sha256(prompts),
         "variants": [v.model_dump() for v in run.constitution.system_variants],
         "sample": config.sample.model_dump(),
-        "engine": config.engine.model_dump(exclude={"batch_size"}),
+        "engine": config.engine.matters(),
         "seed": config.seed,
         "iteration": iteration,
         "shard_size": config.shard_size,

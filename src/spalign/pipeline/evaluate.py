@@ -26,7 +26,7 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judging: Judging, 
         "prompts": prompt_sets.sha256(run.heldout_prompts),
         "sample": settings.model_dump(),
         "seed": config.seed,
-        "engine": config.engine.model_dump(exclude={"batch_size"}),
+        "engine": config.engine.matters(),
         "shard_size": config.shard_size,
     }
     answered = run.folder.stage(f"evaluation/{when}/1-sample", inputs)

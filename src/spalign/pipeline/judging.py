@@ -12,8 +12,8 @@ from typing import Any
 from spalign.config import EngineConfig, RunConfig, SelfEvaluationConfig
 from spalign.constitution import Objective, load_constitution, shipped
 from spalign.engines.base import Engine
+from spalign.engines.make import identify, load_engine
 from spalign.engines.models import cache_dir
-from spalign.engines.models import fingerprint as model_fingerprint
 from spalign.errors import ConfigError, SpalignError, WeakJudge
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.report import Progress
@@ -46,6 +46,12 @@ def auto_scorers() -> tuple[str, ...]:
     return tuple(n for n in all_scorers() if not is_relative(n) and n != "likert")
 
 
+def scorers_of(objectives: Sequence[Objective], own: SelfEvaluationConfig) -> dict[str, tuple[str, ...]]:
+    """Objective -> the scorers that the config leaves to choose from or to measure."""
+    named = {o.name: own.scorer_of(o.name) for o in objectives}
+    return {name: auto_scorers() if scorer in ("auto", ENSEMBLE) else (scorer,) for name, scorer in named.items()}
+
+
 @dataclass(frozen=True)
 class Judging:
     """How the answers of a part of the run are judged: by whom, on what, and from which threshold an objective is met.
@@ -58,6 +64,8 @@ class Judging:
     known: Mapping[str, Judgement]
     check: Stage | None = None
     allow_weak: bool = False
+    engine: Mapping[str, Any] | None = None
+    """How the judge is run, where that is not how the policy is."""
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -67,6 +75,7 @@ class Judging:
             "objectives": [o.model_dump(exclude={"threshold", "resolution"}) for o in self.objectives],
             "how": {name: how.model_dump(include={"scorer", "calibration", "members", "probe"}) for name, how in self.known.items()},
             "check": self.check.digest if self.check else None,
+            **({"engine": dict(self.engine)} if self.engine else {}),
         }
 
     @property
@@ -123,6 +132,8 @@ def judging_step(
     """
     own = config.self_evaluation
     judge = judge or run.named_judge or policy
+    how = config.engine if judge is policy else config.judge_engine
+    differs = None if how.matters() == config.engine.matters() else how.matters()
     objectives = run.objectives if config is run.config else config.constitution_for_run().objectives
     open_ = [o for o in objectives if own.scorer_of(o.name) in ("auto", ENSEMBLE, PROBE) or o.threshold == "auto"]
     known = {o.name: Judgement.unchecked(own.scorer_of(o.name)) for o in objectives if o not in open_}
@@ -130,7 +141,7 @@ def judging_step(
         known |= _from_file(judge, own, open_)
         open_ = []
     if not open_:
-        return Judging(judge, objectives, known), []
+        return Judging(judge, objectives, known, engine=differs), []
     labelled = load_labelled(Path(own.labelled) if own.labelled else None, [o.name for o in open_])
     inputs = {
         "version": VERSION,
@@ -139,10 +150,10 @@ def judging_step(
         "scorers": {o.name: own.scorer_of(o.name) for o in open_},
         "labelled": fingerprint(labelled),
         "bad_recall": own.bad_recall,
-        "engine": config.engine.model_dump(exclude={"batch_size"}),
+        "engine": how.matters(),
     }
     stage = run.folder.stage(f"{base}/0-judge", inputs)
-    judging = Judging(judge, objectives, known, stage, own.allow_weak_judge)
+    judging = Judging(judge, objectives, known, stage, own.allow_weak_judge, differs)
     return judging, [Step("judge", stage, lambda: _check(run, base, judging, open_, labelled, own))]
 
 
@@ -191,14 +202,15 @@ def _check(
     stage.begin()
     cached = cache_dir() / "judge" / f"{stage.digest}.json"
     rows = None
-    if run.shares_checks:
+    shares = run.shares_checks and not judging.judge.served  # a server may give another model the same name
+    if shares:
         with contextlib.suppress(SpalignError):  # a damaged cache is measured anew
             rows = _valid((read_json(cached) or {}).get("rows"), open_)
     fresh = rows is None
     if rows is None:
         with run.metered(judging.judge, f"{base} judge-check", len(labelled), "answers") as engine:
             rows = check_rows(engine.inner, open_, labelled, own, tick=engine.tick)
-        if run.shares_checks:
+        if shares:
             with contextlib.suppress(OSError, SpalignError):  # a cache that cannot be written costs time, nothing else
                 cached.parent.mkdir(parents=True, exist_ok=True)
                 write_json(cached, {"rows": rows})
@@ -232,8 +244,7 @@ def check_rows(
     """One row an objective: the judgement that a run uses, and the figures of every scorer that was tried."""
     out = []
     for o in objectives:
-        named = own.scorer_of(o.name)
-        scorers = auto_scorers() if named in ("auto", ENSEMBLE) else (named,)
+        named, scorers = own.scorer_of(o.name), scorers_of([o], own)[o.name]
         found: JudgeCheck = judge_check(engine, [o], labelled, scorers, recall=own.bad_recall, diagnose_all=named == ENSEMBLE)
         reports = found.reports[o.name]
         if named == ENSEMBLE and ENSEMBLE not in reports:
@@ -263,7 +274,7 @@ def told(row: Mapping[str, Any]) -> str:
     return f"judge: '{row['objective']}' by {j['scorer']}: {area}, {j['verdict']}; met from {j['threshold']:.2f}"
 
 
-def check_model(
+def check_model(  # noqa: PLR0913  an option of the command each
     model: str,
     *,
     constitution: str = "harmless_helpful",
@@ -273,10 +284,11 @@ def check_model(
     bad_recall: float | None = None,
     out: Path | None = None,
     ui: Progress | None = None,
+    engine: EngineConfig | None = None,
 ) -> dict[str, Any]:
     """`spalign judge-check`: the figures as JSON, and judge.yaml in `out`. Raises SpalignError with the fix.
 
-    names: objectives of the constitution, or of another shipped one; default: all of the constitution.
+    names: objectives of the constitution, or of another shipped one; default: all of the constitution. engine: default: here.
     """
     ui = ui or Progress(quiet=True)
     objectives = _objectives(constitution, names)
@@ -291,12 +303,13 @@ def check_model(
     labelled = load_labelled(data, [o.name for o in objectives])
     if out is not None:
         _check_writable(out)
-    made = _engine(model, EngineConfig())
+    engine = engine or EngineConfig()
+    made = load_engine(model, engine)
     with ui.stage(f"judge-check {model}", len(labelled) * sum(s != ENSEMBLE for s in chosen), "answers") as tick:
         found = judge_check(made, objectives, labelled, chosen, recall=bad_recall, tick=tick)
     judged = {o.name: j.model_copy(update={"asked": asked_about(o)}) for o in objectives if (j := found.judgement(o.name))}
     if out is not None and judged:
-        save_judge(out, JudgeFile(model=model, fingerprint=model_fingerprint(model), rows=fingerprint(labelled), objectives=judged))
+        save_judge(out, JudgeFile(model=model, fingerprint=identify(model, engine), rows=fingerprint(labelled), objectives=judged))
     return {"model": model, **found.to_json(), "thresholds": {n: j.threshold for n, j in judged.items()}, "skipped": found.skipped}
 
 
@@ -312,12 +325,6 @@ def _check_writable(out: Path) -> None:
             out.unlink()
     except OSError as e:
         raise ConfigError(f"{out}: cannot be written: {e.strerror}", hint="name another file with --out") from e
-
-
-def _engine(model: str, config: EngineConfig) -> Engine:
-    from spalign.engines.transformers import TransformersEngine
-
-    return TransformersEngine.load(model, config)
 
 
 def _objectives(constitution: str, names: Sequence[str]) -> tuple[Objective, ...]:

@@ -11,21 +11,22 @@ from typing import Any, Literal
 import yaml
 
 from spalign import prompts as prompt_sets
-from spalign.config import EngineConfig, RunConfig
-from spalign.engines.base import Engine
-from spalign.engines.models import fingerprint
-from spalign.errors import ConfigError, RunFolderError
+from spalign.config import RunConfig
+from spalign.engines.base import Engine, EngineFailed
+from spalign.engines.make import identify, load_engine, weights_of
+from spalign.errors import ConfigError, EngineError, RunFolderError
 from spalign.pipeline.context import Context, EngineFactory, Policy, Step
 from spalign.pipeline.data import data_steps, reference_steps
 from spalign.pipeline.evaluate import evaluation_steps
 from spalign.pipeline.gate import gate_step, lost, priority_lost, reopen, settle
-from spalign.pipeline.judging import Judging
+from spalign.pipeline.judging import Judging, scorers_of
 from spalign.pipeline.publish import check_outlets, publish
 from spalign.pipeline.summary import summarise
 from spalign.pipeline.train import train_step
 from spalign.report import Progress, print_summary
+from spalign.selfeval import check_askable
 from spalign.store import RunFolder, write_atomic, write_json
-from spalign.types import Prompt
+from spalign.types import Message, Prompt
 
 STAGES = ("sample", "evaluate", "refine", "denoise", "pair", "train")
 Mode = Literal["auto", "resume", "fresh"]
@@ -64,7 +65,9 @@ def run(
     try:
         if only is not None:
             reopen(trained[:-1])
+            _greet(context, models[0], steps)
             return _one_stage(context, steps, only)
+        _greet(context, models[0], steps)
         _write_config(context)
         if any(s.stage.manifest() is None for s in steps):
             reopen(trained)
@@ -84,8 +87,9 @@ def run(
 
 def _plan(run: Context) -> tuple[list[Step], list[Policy], Judging]:
     """Every step of the run, in order; the first policy and one after each iteration; and how the first one's answers are judged."""
-    policy = frozen = Policy(run.config.model, fingerprint(run.config.model), run.make_engine)
-    own = run.config.self_evaluation
+    own, engine, model = run.config.self_evaluation, run.config.engine, run.config.model
+    weights = weights_of(model, engine)
+    policy = frozen = Policy(model, identify(model, engine), run.make_engine, served=engine.served, weights=weights)
     run.named_judge = _other(run, own.judge, policy)
     run.reference_judge = _other(run, own.reference_judge, policy)
     steps: list[Step] = []
@@ -113,15 +117,35 @@ def _other(run: Context, name: str | None, policy: Policy) -> Policy | None:
     """The model `name`, which is the policy itself where it is the same model."""
     if name is None:
         return None
-    found = fingerprint(name)
-    return policy if found == policy.digest else Policy(name, found, run.make_engine)
+    engine, named = run.config.judge_engine, run.config.self_evaluation.judge_engine
+    found = identify(name, engine)
+    if named in (None, run.config.engine) and (name == policy.name or found == policy.digest):
+        return policy
+    return Policy(name, found, run.make_judge, served=engine.served)
+
+
+def _greet(run: Context, policy: Policy, steps: Sequence[Step]) -> None:
+    """Before anything is asked of them: served models answer, and can do what is named. Nothing where all is done."""
+    if all(s.stage.manifest() is not None for s in steps):
+        return
+    for other in (policy, run.named_judge, run.reference_judge):
+        if other and other.served:
+            _ = other.engine  # asks the server what it can do
+    if policy.served:
+        policy.engine.encode_chat((Message("user", "Hello"),))  # training needs the tokenizer
+    if run.reference_judge and run.reference_judge.served:  # it is asked last
+        check_askable(run.reference_judge.engine.inner, run.objectives, scorers_of(run.objectives, run.config.self_evaluation))
 
 
 def _do(steps: Sequence[Step]) -> bool:
     """Do what is not done; True if there was anything."""
     todo = [s for s in steps if s.stage.manifest() is None]
     for step in todo:
-        step.do()
+        try:
+            step.do()
+        except EngineFailed as e:
+            e.hint += "; everything finished is kept, and the same command goes on"
+            raise
     return bool(todo)
 
 
@@ -167,14 +191,20 @@ def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None)
             f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n",
             style="yellow",
         )
-    factory = make_engine or (lambda name: _transformers(name, config.engine))
-    return Context(config, constitution, RunFolder(config.folder), ui, train, heldout, factory, shares_checks=make_engine is None)
+    if weights_of(config.model, config.engine) is None:
+        raise EngineError(
+            f"the policy '{config.model}' is only served, and a run trains its policy: that needs its weights here",
+            hint="name its hub id or folder: engine.tokenizer; a model that is only served can judge (self_evaluation.judge, judge_engine)",
+        )
 
+    def own(name: str) -> Engine:
+        return load_engine(name, config.engine if name == config.model else config.engine.here())  # what the run made, no server has
 
-def _transformers(name: str, config: EngineConfig) -> Engine:
-    from spalign.engines.transformers import TransformersEngine
+    def judge(name: str) -> Engine:
+        return load_engine(name, config.judge_engine)
 
-    return TransformersEngine.load(name, config)
+    makers = (make_engine or own, make_engine or judge)
+    return Context(config, constitution, RunFolder(config.folder), ui, train, heldout, *makers, shares_checks=make_engine is None)
 
 
 def _claim(run: Context, mode: Mode) -> None:

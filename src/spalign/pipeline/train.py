@@ -99,7 +99,7 @@ def _train(
     train = run.config.train
     device = device_of(run.config.engine)
     bf16 = fast_bf16(device) and run.config.engine.dtype != "float32"
-    model, tokenizer = load_model(policy.name, run.config.engine, dtype=_held_in(train.lora, device))
+    model, tokenizer = load_model(_weights_of(policy), run.config.engine, dtype=_held_in(train.lora, device))
     _check_space(model, folder, adapter=train.lora is not None, keep=train.keep_checkpoints if run.config.evaluation.gate.enabled else 0)
     probe = _probe(run, tokenizer, prompts, rows, torch.bfloat16 if bf16 else None)
     before = probe(model)
@@ -261,6 +261,11 @@ def _lora(run: Context) -> Any:
     )
 
 
+def _weights_of(policy: Policy) -> str:
+    assert policy.weights is not None, "a policy without weights is refused before the run begins"
+    return policy.weights
+
+
 def _whole_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first; trainer_state.json is what transformers writes last."""
     found = []
@@ -331,7 +336,7 @@ def hand_over(checkpoint: Path, folder: Path, policy: Policy, run: Context, suff
     if (checkpoint / "adapter_config.json").exists():
         from spalign.training.merge import merge
 
-        merge(checkpoint, half, model=policy.name, dtype="float32", trust_remote_code=run.config.engine.trust_remote_code)
+        merge(checkpoint, half, model=_weights_of(policy), dtype="float32", trust_remote_code=run.config.engine.trust_remote_code)
         shutil.rmtree(adapter, ignore_errors=True)
         adapter.mkdir()
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -339,7 +344,7 @@ def hand_over(checkpoint: Path, folder: Path, policy: Policy, run: Context, suff
     else:
         for file in _weights(checkpoint):  # copied, not moved: the checkpoint stays whole until the stage is done
             shutil.copy2(file, half / file.name)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(policy.name), trust_remote_code=run.config.engine.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(_weights_of(policy)), trust_remote_code=run.config.engine.trust_remote_code)
     tokenizer.save_pretrained(half)
     shutil.rmtree(target, ignore_errors=True)
     half.rename(target)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from spalign.config import RefineConfig, SampleConfig
 from spalign.constitution import Constitution
-from spalign.engines.base import Engine
+from spalign.engines.base import Engine, count_tokens
 from spalign.rollout.clean import clean_refined
 from spalign.rollout.sample import Ask, ask, sampling_of
 from spalign.text import one_line, shorten
@@ -36,7 +36,7 @@ def draft(
     asks = []
     for group in groups:
         messages = None if config.style == "principled" else (Message("user", paper_prompt(group, constitution)),)
-        if messages is not None and len(engine.encode_chat(messages)) + how.max_new_tokens > engine.window:
+        if messages is not None and count_tokens(engine, messages) + how.max_new_tokens > engine.window:
             continue  # no draft: the group leaves as empty
         asks += [Ask(group.prompt, i, constitution.good_system, config.style, messages) for i in range(config.drafts)]
     refined = ask(engine, asks, how, seed=seed, purpose=f"refined-{config.style}")

@@ -1,7 +1,7 @@
 """Self-evaluation: a model scores answers, objective by objective, on 0-10, higher is better; and what those scores are worth."""
 
 from spalign.selfeval.base import Case, Raw, Scorer
-from spalign.selfeval.check import judge_check
+from spalign.selfeval.check import check_askable, judge_check
 from spalign.selfeval.evaluate import ENSEMBLE, SCORERS, all_scorers, cases_of, check_scorers, is_relative, score_groups, score_responses
 from spalign.selfeval.judge import JudgeFile, Judgement, load_judge, save_judge
 from spalign.selfeval.labelled import LabelledCase, fingerprint, load_labelled, shipped_objectives
@@ -25,6 +25,7 @@ __all__ = [
     "ScorerReport",
     "all_scorers",
     "cases_of",
+    "check_askable",
     "check_scorers",
     "fingerprint",
     "is_relative",

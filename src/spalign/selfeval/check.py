@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from spalign.constitution import Objective
-from spalign.engines.base import Engine
+from spalign.engines.base import Engine, EngineFailed
 from spalign.errors import ConfigError, EngineError, SpalignError
 from spalign.selfeval.bench import Bench
 from spalign.selfeval.evaluate import ENSEMBLE, SCORERS
@@ -38,19 +38,7 @@ def judge_check(
     reports: dict[str, dict[str, ScorerReport]] = {}
     recommended: dict[str, str] = {}
     for o in objectives:
-        usable = []
-        for name in scorers:
-            try:
-                if name != ENSEMBLE:
-                    check_probe(engine) if name == PROBE else SCORERS[name].check(engine, [o])
-                    usable.append(name)
-            except SpalignError as e:
-                skipped[name] = e.message
-        if not usable:
-            raise EngineError(
-                f"objective '{o.name}': no scorer can be asked: " + "; ".join(skipped.values()),
-                hint="use an engine that gives token log-probabilities, and give the objective exemplars",
-            )
+        usable = _usable(engine, o, [n for n in scorers if n != ENSEMBLE], skipped)
         bench = Bench(engine, o, [c for c in labelled if c.objective == o.name], recall, tick)
         by = {name: bench.report(name) for name in usable if name != PROBE or bench.fit()}
         if PROBE in usable and PROBE not in by:
@@ -61,6 +49,31 @@ def judge_check(
         if chosen:
             recommended[o.name] = chosen
     return JudgeCheck(reports, recommended, skipped)
+
+
+def check_askable(engine: Engine, objectives: Sequence[Objective], scorers: Mapping[str, Sequence[str]]) -> None:
+    """Refuse, before any work starts, an engine that can serve none of an objective's scorers (objective -> names)."""
+    for o in objectives:
+        _usable(engine, o, [n for n in scorers[o.name] if n != ENSEMBLE], {})
+
+
+def _usable(engine: Engine, objective: Objective, scorers: Sequence[str], skipped: dict[str, str]) -> list[str]:
+    """Those of `scorers` that the engine can serve; why not the others, into `skipped`. Raises EngineError where it is none."""
+    usable = []
+    for name in scorers:
+        try:
+            check_probe(engine) if name == PROBE else SCORERS[name].check(engine, [objective])
+            usable.append(name)
+        except EngineFailed:
+            raise
+        except SpalignError as e:
+            skipped[name] = e.message
+    if not usable:
+        raise EngineError(
+            f"objective '{objective.name}': no scorer can be asked: " + "; ".join(skipped.values()),
+            hint="name the scorer likert, which only generates, or use an engine with log-probabilities; give the objective exemplars",
+        )
+    return usable
 
 
 def _members(by: Mapping[str, ScorerReport]) -> list[str]:

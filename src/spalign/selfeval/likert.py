@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 
 from spalign.constitution import Objective
-from spalign.engines.base import Capability, Engine, GenerateRequest, Sampling, require
+from spalign.engines.base import Capability, Engine, GenerateRequest, Sampling, count_tokens, require
 from spalign.selfeval.base import Case, Raw
 from spalign.text import one_line
 from spalign.types import SCORE_MAX, Message
@@ -37,7 +37,7 @@ class LikertScorer:
     def score(self, engine: Engine, cases: Sequence[Case], objectives: Sequence[Objective]) -> list[list[Raw | None]]:
         """One integer score in 1..10 per case; None where no reading gives one, or where the question exceeds the window."""
         asks = {(n, i): (_question(c, o, 10),) for n, o in enumerate(objectives) for i, c in enumerate(cases)}
-        fit = {at: m for at, m in asks.items() if len(engine.encode_chat(m)) + _GREEDY.max_new_tokens <= engine.window}
+        fit = {at: m for at, m in asks.items() if count_tokens(engine, m) + _GREEDY.max_new_tokens <= engine.window}
         readings: dict[tuple[int, int], list[float | None]] = {at: [None] * (1 + REPEATS) for at in asks}
         # in one call, so that an engine reads each question once for all its readings
         ways = {"greedy": (_GREEDY, (0,)), "repeat": (_REPEAT, tuple(range(1, 1 + REPEATS)))}
