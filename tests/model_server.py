@@ -235,10 +235,14 @@ class Scripted:
 
 
 class Real:
-    """A TransformersEngine as a server has it: chat with log-probabilities, plain completions of one token, prompts echoed."""
+    """A TransformersEngine as a server has it: chat with log-probabilities, plain completions of one token, prompts echoed.
 
-    def __init__(self, engine: Any) -> None:
+    always: tokens that stand among the alternatives even where they are unlikely (a model of random weights never has " Yes" there).
+    """
+
+    def __init__(self, engine: Any, always: Sequence[str] = ()) -> None:
         self.engine, self.lock = engine, threading.Lock()
+        self.always = [engine.tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in always]
 
     def chat(self, body: Json) -> Json:
         from spalign.engines.base import GenerateRequest, Sampling
@@ -289,10 +293,8 @@ class Real:
             if i == 0:
                 out.append((text, None, []))
                 continue
-            values, places = all_[i - 1].topk(k)
-            top = [
-                {"token": self.engine.tokenizer.decode([p]), "logprob": v} for p, v in zip(places.tolist(), values.tolist(), strict=True)
-            ]
+            places = dict.fromkeys([*all_[i - 1].topk(k).indices.tolist(), *self.always])
+            top = [{"token": self.engine.tokenizer.decode([p]), "logprob": float(all_[i - 1, p])} for p in places]
             value = float(all_[i - 1, ids[i]])
             assert math.isfinite(value)
             out.append((text, value, top))

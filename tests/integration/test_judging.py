@@ -154,7 +154,7 @@ def test_the_check_is_not_done_twice_for_one_model(tmp_path, tiny_model, monkeyp
         return sees(text, choice)
 
     # as if it were the model's own engine: an engine of the caller's has no part in the shared checks
-    monkeypatch.setattr(pipeline, "_transformers", lambda name, config: ScriptedEngine(reply, counting))
+    monkeypatch.setattr(pipeline, "load_engine", lambda name, config: ScriptedEngine(reply, counting))
     first = settings(tmp_path, tiny_model)
     run(first, only="judge")
     assert asked

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -28,9 +28,13 @@ UNSUPPORTED = frozenset({400, 403, 404, 405, 415, 422, 501})
 _TOO_LONG = ("context length", "context_length", "context window", "context size", "exceeds the available context", "maximum model length")
 
 
+LogProb = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
+"""A finite log-probability, rounding allowed for: anything else says that the reply is broken."""
+
+
 class Alternative(BaseModel):
     token: str
-    logprob: float
+    logprob: LogProb
 
 
 class Position(Alternative):
@@ -42,8 +46,8 @@ class Logprobs(BaseModel):
 
     content: list[Position] | None = None
     tokens: list[str] | None = None
-    token_logprobs: list[float | None] | None = None
-    top_logprobs: list[dict[str, float] | None] | None = None
+    token_logprobs: list[LogProb | None] | None = None
+    top_logprobs: list[dict[str, LogProb] | None] | None = None
 
     def first(self) -> dict[str, float]:
         """Token -> log-probability at the first position, as many as the server gave."""
