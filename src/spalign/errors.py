@@ -8,6 +8,7 @@ SpalignError                 where, what, and what to do (exit code 2)
 |-- EngineError              an engine that lacks what a stage needs, or failed
 |-- RunFolderError           the run folder: locked, read-only, full, or of another run
 |-- DataError                preference rows that cannot be trained on
+|-- TrainingError            a tracker, or a process that trains, failed; checkpoints are kept
 |-- HubError                 the model could not be pushed to the hub; the run is done and kept
 |-- WeakJudge                the judge cannot tell good answers from bad ones well enough (exit code 3)
 |-- NothingToTrainOn         no pair survived, or training left no model (exit code 3)
@@ -57,6 +58,10 @@ class RunFolderError(SpalignError):
 
 class DataError(SpalignError):
     """Preference rows cannot be trained on."""
+
+
+class TrainingError(SpalignError):
+    """A tracker, or a process that trains, failed in the middle; training can go on from its last checkpoint."""
 
 
 class HubError(SpalignError):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 
+_KEYS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 _WORD = re.compile(r"\w+", re.UNICODE)
 
 
@@ -25,3 +27,11 @@ def words(text: str) -> list[str]:
 
 def shorten(text: str, limit: int = 400) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def without_keys(text: str, environment: Mapping[str, str]) -> str:
+    """`text` without the values of environment variables that are named like keys: what others print may hold them."""
+    for name, value in environment.items():
+        if _KEYS.search(name) and len(value.strip()) >= 8:
+            text = text.replace(value.strip(), "[" + name + "]")
+    return text

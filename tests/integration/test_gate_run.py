@@ -22,7 +22,7 @@ from spalign.config import RunConfig
 from spalign.engines.scripted import ScriptedEngine
 from spalign.errors import PriorityLost, RunFolderError
 from spalign.pipeline import STAGES, Outcome, run
-from spalign.pipeline.train import keep_weights, kept_checkpoints
+from spalign.pipeline.checkpoints import keep_weights, kept_checkpoints
 from spalign.report import Progress, print_summary
 from spalign.store import Stage
 from spalign.types import Message

@@ -366,7 +366,7 @@ def test_training_that_is_over_is_not_done_again_for_want_of_a_manifest(tmp_path
     monkeypatch.undo()
     assert not (stage / "checkpoints").exists()
     (stage / "checkpoints/checkpoint-2").mkdir(parents=True)  # as if the kill had come before the clean-up
-    monkeypatch.setattr(train, "_train", killed)
+    monkeypatch.setattr(train, "train_job", killed)
     run(config, make_engine=engine)
     assert manifest(stage)["steps"] == manifest(stage)["steps_kept"] == 2
     assert not (stage / "checkpoints").exists()

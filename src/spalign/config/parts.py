@@ -13,8 +13,8 @@ from spalign.constitution import Threshold
 Scorer = Literal["auto", "likert", "likert_expected", "yes_no_zero", "yes_no", "contrastive", "pmi", "probe", "pairwise", "ensemble"]
 PositiveInt = Annotated[int, Field(gt=0)]
 HUB_ID = r"^([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*$"
-OUTLETS = {"report_to", "push_to_hub"}
-"""Options of `train` that say where things go; they change nothing that is made."""
+OUTLETS = {"report_to", "push_to_hub", "accelerate"}
+"""Options of `train` that say where things go and which processes do the work; they change nothing that is made."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -222,9 +222,11 @@ class TrainConfig(Part):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     epochs: Annotated[float, Field(gt=0)] = 1.0
     prompts_per_step: PositiveInt = 8
-    """Prompts (with all their pairs) in one optimiser step."""
+    """Prompts (with all their pairs) in one optimiser step, over all processes."""
     prompts_per_forward: PositiveInt = 1
-    """Prompts in one forward pass, a divisor of prompts_per_step; does not change the result."""
+    """Prompts in one forward pass of one process, a divisor of prompts_per_step; does not change the result."""
+    accelerate: str | None = None
+    """A file for `accelerate launch` (see configs/accelerate): training runs in its processes instead of in this one; same result."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """Scale of the log-probabilities: of their mean (2.5 where none is given), for dpo of their sum (0.1)."""
     gamma: Annotated[float, Field(ge=0)] = 1.0

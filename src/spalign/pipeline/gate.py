@@ -12,10 +12,10 @@ from typing import Any
 from spalign.engines.base import Engine
 from spalign.errors import PriorityLost, RunFolderError
 from spalign.evaluation import GateResult, primary_gate
+from spalign.pipeline.checkpoints import KEPT, hand_over, kept_checkpoints, step_of
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.pipeline.evaluate import evaluation_steps, groups_of
 from spalign.pipeline.judging import Judging
-from spalign.pipeline.train import KEPT, hand_over, kept_checkpoints, step_of
 from spalign.store import Stage, clear_errors
 
 FAILED = "-failed-gate"
@@ -98,7 +98,8 @@ class _Gate:
         def made() -> None:
             if not target.exists():
                 with clear_errors(self.folder):
-                    hand_over(checkpoint, self.folder, self.start, self.run, suffix)
+                    code = self.run.config.engine.trust_remote_code
+                    hand_over(checkpoint, self.folder, str(self.start.weights), trust_remote_code=code, suffix=suffix)
 
         def load(name: str) -> Engine:
             made()

@@ -11,6 +11,7 @@ from typing import Any
 from spalign.config import RunConfig
 from spalign.errors import ConfigError, HubError
 from spalign.pipeline.context import Context
+from spalign.pipeline.trackers import check_trackers
 from spalign.report.card import model_card
 from spalign.store import clear_errors, write_atomic
 
@@ -20,28 +21,12 @@ KEY = "HF_TOKEN"
 def check_outlets(config: RunConfig) -> None:
     """Raises ConfigError for a tracker that is unknown or not installed, and for a push without a key."""
     if config.train.report_to:
-        _check_trackers(config.train.report_to)
+        check_trackers(config.train.report_to)
     if config.train.push_to_hub and not os.environ.get(KEY, "").strip():
         raise ConfigError(
             f"train.push_to_hub is set, and there is no key in the environment ({KEY})",
             hint=f"export {KEY}=... with a key that may write (huggingface.co/settings/tokens), or leave out train.push_to_hub",
         )
-
-
-def _check_trackers(names: list[str]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ConfigError(
-                f"train.report_to: there is no tracker {name!r}",
-                hint=f"name some of: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}; an empty list reports nowhere",
-            )
-    there = get_available_reporting_integrations()
-    for name in names:
-        if name not in there and name != "flyte":  # which transformers does not list
-            raise ConfigError(f"train.report_to: {name} is not installed", hint=f"pip install {name.replace('_', '-')}, or leave it out")
 
 
 def publish(run: Context, summary: Mapping[str, Any]) -> None:

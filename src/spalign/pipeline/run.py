@@ -20,6 +20,7 @@ from spalign.pipeline.data import data_steps, reference_steps
 from spalign.pipeline.evaluate import evaluation_steps
 from spalign.pipeline.gate import gate_step, lost, priority_lost, reopen, settle
 from spalign.pipeline.judging import Judging, scorers_of
+from spalign.pipeline.launch_file import check_launch
 from spalign.pipeline.publish import check_outlets, publish
 from spalign.pipeline.summary import summarise
 from spalign.pipeline.train import train_step
@@ -180,6 +181,7 @@ def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:
 def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) -> Context:
     """Everything that can be checked before a model is loaded."""
     check_outlets(config)
+    check_launch(config)
     constitution = config.constitution_for_run()
     for recipe in config.compare:
         config.with_recipe(recipe).constitution_for_run()

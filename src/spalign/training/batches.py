@@ -29,7 +29,8 @@ def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dic
     """Model inputs and the pairs. Responses are numbered group after group.
 
     chosen, rejected: (pairs,) numbers of responses. gaps, and weights, margins where the pairs have them: (pairs,).
-    references: (responses,) summed nats under the reference policy, where the groups have them. names: of the groups.
+    references: (responses,) summed nats under the reference policy, where the groups have them. names, per_group: of the groups, and how
+    many pairs each has.
     """
     first, chosen, rejected = 0, [], []
     for g in groups:
@@ -38,6 +39,7 @@ def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dic
         first += len(g.responses)
     batch = _packed(groups) if layout == "packed" else _padded(groups, pad)
     batch |= {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "names": [g.name for g in groups]}
+    batch["per_group"] = [len(g.pairs) for g in groups]
     batch["gaps"] = torch.tensor([p.gap for g in groups for p in g.pairs], dtype=torch.float32)
     for name in ("weight", "margin"):
         values = [getattr(p, name) for g in groups for p in g.pairs]
@@ -92,6 +94,15 @@ def _targets(groups: Sequence[TrainingGroup], source: list[int]) -> dict[str, Te
         "target": torch.tensor([x for tokens in responses for x in tokens]),
         "owner": torch.tensor([i for i, tokens in enumerate(responses) for _ in tokens]),
     }
+
+
+def without_groups_after(batch: dict[str, Any], count: int) -> None:
+    """Take the pairs of all groups but the first `count` out of a batch: the rest runs along and counts for nothing."""
+    pairs = sum(batch["per_group"][:count])
+    for part in ("chosen", "rejected", "gaps", "weights", "margins"):
+        if part in batch:
+            batch[part] = batch[part][:pairs]
+    batch["names"], batch["per_group"] = batch["names"][:count], batch["per_group"][:count]
 
 
 _CHECK = TrainingGroup((3, 7, 4, 9, 5), ((8, 6, 2), (5, 3, 9, 7, 4, 8), (6, 2, 8, 3)), (TrainingPair(0, 1, 1.0),), "check")

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from spalign.errors import DataError
-from spalign.training.batches import collate, prepare, response_logps
+from spalign.training.batches import collate, prepare, response_logps, without_groups_after
 from spalign.training.groups import TrainingGroup, encode_row, group_rows
 from spalign.training.loss import dpo_loss, pair_weights, sft_loss, spa_loss
 
@@ -124,6 +125,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         self._totals = StepTotals(1.0, 1.0, 1.0, 1.0)
         self._names: list[str] = []
         self._metrics: list[Tensor] = []
+        self._not_finite: list[str] = []
 
     def _groups(self, rows: Any, model: Any, args: SPAConfig, tokenizer: PreTrainedTokenizerBase) -> list[TrainingGroup]:
         if not rows:
@@ -182,6 +184,9 @@ class SPATrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """The micro-batches of one optimiser step; what a loss divides by is counted over all of them and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.accelerator.num_processes > 1:
+            self._count_once(batches)
+        self._not_finite.clear()
         mine = torch.zeros(4, dtype=torch.float64)
         for b in batches:
             count = torch.bincount(b["owner"])
@@ -194,12 +199,25 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         self._names = [name for b in batches for name in b["names"]]
         return batches, None
 
+    def _count_once(self, batches: list[dict[str, Any]]) -> None:
+        """An epoch whose prompts do not share evenly among the ranks is filled up with prompts that have been: these count for nothing."""
+        ranks, size, prompts = self.accelerator.num_processes, self.args.per_device_train_batch_size, len(self.train_dataset)
+        rounds = -(-prompts // (ranks * size))
+        steps = -(-rounds // self.args.gradient_accumulation_steps)
+        first = self.state.global_step % steps * self.args.gradient_accumulation_steps
+        for i, batch in enumerate(batches, first):
+            own = prompts - (i * ranks + self.accelerator.process_index) * size
+            if own < size:
+                without_groups_after(batch, max(0, own))
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """This micro-batch's share of the step's loss; the shares of a step add up to it."""
         logps, count = response_logps(model, inputs)
         loss = self._loss(logps, count, inputs)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step + 1}, in {_listed(inputs['names'])}")
+            self._not_finite.append(f"loss is {loss.item()} at step {self.state.global_step + 1}, in {_listed(inputs['names'])}")
+            if self.accelerator.num_processes == 1:
+                raise FloatingPointError(self._not_finite[0])  # of several ranks all must stop, at the end of the step
         chosen, rejected = logps[inputs["chosen"]], logps[inputs["rejected"]]
         with torch.no_grad():
             self._metrics.append(
@@ -241,6 +259,10 @@ class SPATrainer(Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Trainer asks for the norm after the last backward pass of a step and before the optimiser's step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.num_processes > 1:
+            losses = self.accelerator.reduce(torch.tensor(float(len(self._not_finite)), device=self.args.device), reduction="sum")
+            if losses > 0:
+                raise FloatingPointError(gather_object(self._not_finite)[0])
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             raise FloatingPointError(
                 f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}, in {_listed(self._names)}"
@@ -250,7 +272,8 @@ class SPATrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy, margin and log-probabilities of the pairs since the last log; also to the trackers."""
         if self._metrics:
-            right, margin, chosen, rejected, c_len, r_len, n = torch.stack(self._metrics).sum(0).tolist()
+            mine = torch.stack(self._metrics).sum(0)
+            right, margin, chosen, rejected, c_len, r_len, n = self.accelerator.reduce(mine, reduction="sum").tolist()
             logs = {
                 **logs,
                 "pairs/accuracy": right / n,
