@@ -86,8 +86,10 @@ def _describe(model: type[BaseModel], loc: Location, kind: str, message: str, so
     at = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), None)
     where = f"{source}:{at}" if isinstance(at, int) else at or source
     if kind == "extra_forbidden":
+        *place, key = map(str, loc)
         names = _field_names(model, loc[:-1])
-        close = difflib.get_close_matches(str(loc[-1]), names, n=1)
+        deeper = [".".join([*place, n, key]) for n in names if key in _field_names(model, (*loc[:-1], n))]
+        close = deeper or difflib.get_close_matches(key, names, n=1)
         does = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(names)}"
         return f"{where}: unknown key '{named}'; {does}"
     if kind == "missing":

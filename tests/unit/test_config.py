@@ -177,12 +177,20 @@ def test_sets_are_laid_on_the_file_in_order(tmp_path):
 
 
 def test_a_wrong_set_points_at_the_flag(tmp_path):
-    lines = refused(tmp_path, "name: a\ntrain:\n  beta: 3\n  gamma: -1\n", "train.beta=-2", "train.xyzzy=1", "prompts.train={sauce: x}")
+    lines = refused(
+        tmp_path,
+        "name: a\ntrain:\n  beta: 3\n  gamma: -1\n",
+        "train.beta=-2",
+        "train.xyzzy=1",
+        "prompts.train={sauce: x}",
+        "train.base_dtype=nf4",
+    )
     assert set(lines[1:]) == {
         "--set train.beta=-2: train.beta: Input should be greater than 0",
         "FILE:4: train.gamma: Input should be greater than or equal to 0",
         "--set train.xyzzy=1: unknown key 'train.xyzzy'; known here: " + ", ".join(type(RunConfig(name="a").train).model_fields),
         "--set prompts.train={sauce: x}: unknown key 'prompts.train.sauce'; did you mean 'source'?",
+        "--set train.base_dtype=nf4: unknown key 'train.base_dtype'; did you mean 'train.lora.base_dtype'?",  # one level too high
     }
 
 
