@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,6 @@ def test_cards_of_a_run_and_a_push_that_fails(tmp_path, tiny_model, monkeypatch)
     assert {p: v[0] for p, v in kept.items()} == {p: v[0] for p, v in there.items()}  # not even in the configuration on record
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 def test_tensorboard_files_outlive_the_checkpoints(tmp_path, tiny_model):
     config = settings(tmp_path, tiny_model, ["keep"] * 2, train={"report_to": "tensorboard"})
     run(config, make_engine=engine)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -14,6 +17,9 @@ from spalign.config import EngineConfig
 from spalign.engines.attention import register
 from spalign.engines.models import resolve
 from spalign.errors import ModelError
+
+# on import it misses a kernel that has no backward pass and is not used here (`keep_backward`)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def fast_bf16(device: str) -> bool:
@@ -42,6 +48,8 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal[
     """Model and tokenizer, ready on the device; nf4: in four bits, to be frozen under an adapter. Raises ModelError with what to do."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     where = resolve(name)
+    with _device_errors(name, config):
+        torch.empty(0, device=device_of(config))  # before weights are read for minutes
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
         how = _four_bits(config) if dtype == "nf4" else {"dtype": dtype}
@@ -54,9 +62,16 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal[
             hint="check the name, your network and your access to the hub; or use a local folder",
         ) from e
     if dtype == "nf4":  # it is where it belongs
+        keep_backward(model)
         return model, tokenizer
-    try:
+    with _device_errors(name, config):
         return model.to(device_of(config)), tokenizer
+
+
+@contextlib.contextmanager
+def _device_errors(name: str, config: EngineConfig) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, AssertionError) as e:
         raise ModelError(
             f"model '{name}' cannot be put on '{device_of(config)}': {str(e).splitlines()[0]}",
@@ -65,10 +80,34 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal[
 
 
 def _four_bits(config: EngineConfig) -> dict[str, Any]:
-    """QLoRA's base: NF4 with quantised constants, products in bf16."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("weights in four bits need bitsandbytes", hint="pip install bitsandbytes, or set train.lora.base_dtype=bfloat16")
+    """QLoRA's base: NF4 with quantised constants; products, and what is no layer's matrix, in the type that is fast there."""
+    need_bitsandbytes()
+    kind = inference_dtype(config)
     quantized = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
     )
-    return {"dtype": torch.bfloat16, "quantization_config": quantized, "device_map": {"": device_of(config)}}
+    return {"dtype": kind, "quantization_config": quantized, "device_map": {"": device_of(config)}}
+
+
+def need_bitsandbytes() -> None:
+    """Raises ModelError where it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "weights in four bits (train.lora.base_dtype=nf4) need bitsandbytes",
+            hint="pip install 'spalign[qlora]', or set train.lora.base_dtype=bfloat16",
+        )
+
+
+def keep_backward(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking four-bit weights for a kernel without a backward pass: it does so when a model is evaluated on a CPU
+    with AVX512-BF16, and adapters below its last layers then get no gradient, with no more than a warning. Raises ModelError where it has.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ModelError(
+                    "the model was evaluated on the CPU, which repacked its four-bit weights: no adapter can be trained on them",
+                    hint="load it again, and give it to SPATrainer before anything else runs it",
+                )

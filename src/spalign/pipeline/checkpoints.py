@@ -102,7 +102,7 @@ def hand_over(checkpoint: Path, folder: Path, base: str, *, trust_remote_code: b
 def check_space(model: Any, folder: Path, *, adapter: bool, keep: int) -> None:
     """Refuse to begin where the checkpoints cannot fit: weights and two moments, three times while one replaces the oldest, and the kept
     weights that are no link to one of them; of an adapter next to nothing, but its merged model."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = 4 * model.num_parameters()  # saved in float32, in whatever type they are held
     there = sum({(s := f.stat()).st_ino: s.st_size for f in folder.rglob("*") if f.is_file()}.values())  # a link is no second file
     need = (1.2 if adapter else 9 + max(0, keep - 1)) * weights - there
     free = shutil.disk_usage(folder).free

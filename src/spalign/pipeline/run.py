@@ -182,6 +182,10 @@ def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None)
     """Everything that can be checked before a model is loaded."""
     check_outlets(config)
     check_launch(config)
+    if config.train.lora and config.train.lora.base_dtype == "nf4":
+        from spalign.engines.loading import need_bitsandbytes
+
+        need_bitsandbytes()
     constitution = config.constitution_for_run()
     for recipe in config.compare:
         config.with_recipe(recipe).constitution_for_run()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spalign.engines.attention import NAME as GROUPED_DECODING
+from spalign.engines.loading import keep_backward
 from spalign.errors import ModelError
 from spalign.training.attention import NAME, lay_out, register
 from spalign.training.groups import TrainingGroup, TrainingPair
@@ -118,6 +119,7 @@ def prepare(model: Any) -> Layout:
     if hasattr(model, "spalign_layout"):
         return model.spalign_layout  # type: ignore[no-any-return]
     wanted, attention = layout_for(model.config), model.config._attn_implementation
+    keep_backward(model)
     add_logps(model)
     here = not any(p.is_meta or not p.numel() for p in model.parameters())  # ZeRO-3 has them elsewhere: nothing to check on
     for layout in dict.fromkeys((wanted, "padded")):
