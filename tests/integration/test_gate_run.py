@@ -398,3 +398,15 @@ def test_an_adapter_that_failed_is_renamed_too_and_a_proposed_one_is_merged(here
         whole = merged(ids).logits
         adapted = PeftModel.from_pretrained(base, STAGE / "adapter-checkpoint-1").eval()(ids).logits
     torch.testing.assert_close(whole, adapted, rtol=0, atol=1e-4)
+
+    texts = [c["text"] for c in summary()["gate"]["checkpoints"]]  # of steps 2 and 1, the second of which passes
+    cards = {name: (STAGE / name / "README.md").read_text() for name in kinds - {"kept"}}
+    for name, card in cards.items():
+        assert (f"| checkpoint 1 | passed | {texts[1]} |" in card) == ("checkpoint" in name)
+        assert ("**This is not the final model but the checkpoint of step 1**" in card) == ("checkpoint" in name)
+        assert ("this model is not handed over, do not use it" in card) == ("failed" in name)
+        assert ("library_name: peft" in card) == name.startswith("adapter")
+        assert summary()["gate"]["text"] in card
+    written = {name: (STAGE / name / "README.md").stat().st_mtime_ns for name in cards}
+    loses(configured(tiny_model, train=train), lambda _: pytest.fail("nothing is loaded for a run that is done"))
+    assert {name: (STAGE / name / "README.md").stat().st_mtime_ns for name in cards} == written

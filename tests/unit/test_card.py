@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -147,7 +148,71 @@ def test_the_gate_comes_first(found, path, line):
 def test_training_that_was_stopped_is_said_at_the_top():
     stopped = summary()
     stopped["iterations"][0]["training"] = {"steps": 6, "steps_kept": 4, "collapsed": "words fell", "prompts": 7}
-    assert "- **Training of iteration 1 was stopped at step 6**: words fell. The model is that of step 4" in brief(model_card(stopped))
+    assert "- **Training of iteration 1 was stopped at step 6**: words fell. Its model is that of step 4" in brief(model_card(stopped))
+
+
+def tried(step: int, passed: bool, text: str) -> dict[str, Any]:
+    return {"step": step, "passed": passed, "verdict": "held" if passed else "not shown", "text": text}
+
+
+def proposing(**changes: Any) -> dict[str, Any]:
+    """A run whose final model, of step 6, failed, and of whose checkpoints that of step 2 is the first that passes."""
+    checkpoints = [tried(4, False, "harmlessness -0.40 on 4 prompts"), tried(2, True, "harmlessness +0.02 on 4 prompts")]
+    failed = gate(False) | {"checkpoints": checkpoints, "proposed": {"step": 2, "path": "runs/mine/iteration-1/6-train/model-checkpoint-2"}}
+    return summary(gate=failed, model_path=None, **changes)
+
+
+def test_a_proposed_checkpoint_says_its_step_its_gate_and_that_the_final_model_failed():
+    card = model_card(proposing(), proposed=True)
+    assert "\n# mine, checkpoint 2\n" in card
+    assert "**This is not the final model but the checkpoint of step 2** of the last iteration: the final model failed" in card
+    assert brief(card) == [
+        "- **Priority gate FAILED by the final model**: harmlessness -0.90 on 4 prompts",
+        "- **Priority gate passed by this checkpoint, of step 2**: harmlessness +0.02 on 4 prompts",
+        "- **No other score of this checkpoint is reported here**; its judged answers are in the run's evaluation/checkpoint-2: "
+        "read them before you use it",
+        "- **The judge of helpfulness is weak**: its scores carry no claim by themselves",
+    ]
+    rows = card.split("## Priority gate\n\n")[1].splitlines()[2:5]
+    assert rows == [
+        "| final model | **FAILED** (lost) | harmlessness -0.90 on 4 prompts |",
+        "| checkpoint 4 | **FAILED** (not shown) | harmlessness -0.40 on 4 prompts |",
+        "| checkpoint 2 | passed | harmlessness +0.02 on 4 prompts |",
+    ]
+    assert "the model is that of step 6, this checkpoint that of step 2." in card
+    assert "chosen by its figures, in 3 looks" in card
+    # the final model's scores and checks would be taken for its own
+    for other in ("+0.50", "-0.70", "repetition not up", "do not use it", "## Scores", "## Checks"):
+        assert other not in card
+    assert head(card) == head(model_card(proposing()))
+    final = model_card(proposing())
+    assert brief(final)[0] == (
+        "- **Priority gate FAILED: this model is not handed over, do not use it (checkpoint 2 is proposed instead)**: "
+        "harmlessness -0.90 on 4 prompts"
+    )
+    assert "## Priority gate" not in final and "+0.50" in final
+
+
+@pytest.mark.parametrize("proposed", [False, True])
+def test_the_card_of_an_adapter_is_in_pefts_form(proposed):
+    lora = {"lora": {"r": 8, "dora": False, "base_dtype": "nf4"}}
+    versions = SUMMARY["versions"] | {"peft": "0.21.2"}
+    card = model_card(proposing(train=lora, versions=versions), adapter=True, proposed=proposed)
+    found = head(card)
+    # what PeftModel.create_or_update_model_card writes, and what the hub reads
+    assert (found["library_name"], found["base_model"], found["base_model_relation"]) == ("peft", "org/base-1B", "adapter")
+    assert found["pipeline_tag"] == "text-generation"
+    assert {"base_model:adapter:org/base-1B", "lora", "transformers"} <= set(found["tags"])
+    data = ModelCard(card).data  # the hub's own reader
+    assert (data.library_name, data.base_model) == ("peft", "org/base-1B")
+    assert card.endswith("\n\n### Framework versions\n\n- PEFT 0.21.2\n")
+    assert 'PeftModel.from_pretrained(base, "path/to/this/folder")' in card
+    assert "Trained: a LoRA adapter of rank 8 on a base in four bits (NF4)." in card
+    assert ("checkpoint of step 2" in card) == proposed
+    second = proposing(train=lora)
+    second["iterations"] *= 2  # it belongs on the first one's merged model, which is on no hub
+    other = head(model_card(second, adapter=True, proposed=proposed))
+    assert "base_model" not in other and not any("base_model" in tag for tag in other["tags"])
 
 
 def test_figures_are_those_of_the_summary():
@@ -247,9 +312,12 @@ def test_hostile_names_change_nothing_but_the_words(text):
     tame = renamed(summary(model="/x/held", model_fingerprint="sha256:0"), dict.fromkeys(places, "harmless name"))
     tame["prompts"]["train"]["source"] = tame["model"] = tame["judge"]["model"] = "harmless"
     tame["iterations"][0]["training"]["collapsed"] = "harmless name"
+    found = gate(False) | {"checkpoints": [tried(2, True, "harmless name")], "proposed": {"step": 2, "path": "/x/held"}}
+    tame |= {"gate": renamed(found, {"harmlessness -0.90 on 4 prompts": "harmless name"}), "model_path": None}
     wild = renamed(tame, {"harmless name": text, "harmless": text})
-    card = model_card(wild)
-    assert skeleton(card) == skeleton(model_card(tame))
-    assert head(card) == head(model_card(tame))
-    assert not re.search(r"<\w", card)
-    assert "\x1b" not in card
+    for kind in ({}, {"proposed": True}, {"adapter": True}, {"adapter": True, "proposed": True}):
+        card = model_card(wild, **kind)
+        assert skeleton(card) == skeleton(model_card(tame, **kind))
+        assert head(card) == head(model_card(tame, **kind))
+        assert not re.search(r"<\w", card)
+        assert "\x1b" not in card

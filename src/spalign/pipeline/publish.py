@@ -40,13 +40,23 @@ def publish(run: Context, summary: Mapping[str, Any]) -> None:
 
 
 def write_cards(summary: Mapping[str, Any]) -> None:
-    """README.md in the model's folder and in its adapter's, also where the gate failed; a card that says the same is left as it is."""
-    model = Path(summary["model_path"] or summary["gate"]["failed_path"])
-    for folder, adapter in ((model, False), (_adapter_of(model), True)):
-        card, data = folder / "README.md", model_card(summary, adapter=adapter).encode("utf-8", "replace")
-        with clear_errors(card):
-            if folder.is_dir() and not (card.exists() and card.read_bytes() == data):
-                write_atomic(card, data)
+    """README.md in the model's folder and in its adapter's, also where the gate failed, and then in those of the checkpoint that is
+    proposed; a card that says the same is left as it is."""
+    gate = summary["gate"]
+    folders = {Path(summary["model_path"] or gate["failed_path"]): False}
+    if gate["proposed"] is not None:
+        folders[Path(gate["proposed"]["path"])] = True
+    for model, proposed in folders.items():
+        for folder, adapter in ((model, False), (_adapter_of(model), True)):
+            if folder.is_dir():
+                _write(folder / "README.md", model_card(summary, adapter=adapter, proposed=proposed))
+
+
+def _write(card: Path, text: str) -> None:
+    data = text.encode("utf-8", "replace")
+    with clear_errors(card):
+        if not (card.exists() and card.read_bytes() == data):
+            write_atomic(card, data)
 
 
 def _adapter_of(model: Path) -> Path:

@@ -32,23 +32,33 @@ def escaped(text: object, limit: int = 200) -> str:
     return _MARKUP.sub(lambda m: f"&#{ord(m[0])};", plain)
 
 
-def model_card(summary: Mapping[str, Any], *, adapter: bool = False) -> str:
-    """The card as Markdown with its YAML head. adapter: for the folder of the adapter instead of the whole model."""
+def model_card(summary: Mapping[str, Any], *, adapter: bool = False, proposed: bool = False) -> str:
+    """The card as Markdown with its YAML head. adapter: for the folder of the adapter instead of the whole model. proposed: for the
+    checkpoint that the gate proposes instead of the final model; then the final model's scores and checks are left out."""
+    step = summary["gate"]["proposed"]["step"] if proposed else None
+    title = escaped(summary["name"]) + (f", checkpoint {step}" if proposed else "")
+    measured = {
+        "Scores on held-out prompts": _scores,
+        "Checks": lambda s: _table(("check", "result", "figures"), _check_rows(s)),
+    }
     parts = [
         _head(summary, adapter),
-        f"# {escaped(summary['name'])}\n\n{_what(summary, adapter)}",
-        "## Results in brief\n\n" + _verdicts(summary),
+        f"# {title}\n\n{_what(summary, adapter, step)}",
+        "## Results in brief\n\n" + _bullets(_of_the_checkpoint(summary, step) if step is not None else _of_the_model(summary)),
         "## How to load\n\n" + _load(summary, adapter),
         "## Training data\n\n" + _data(summary),
-        "## From prompts to pairs\n\n" + _funnels(summary),
+        "## From prompts to pairs\n\n" + _funnels(summary, step),
         "## Constitution\n\n" + _constitution(summary),
         "## Judge\n\n" + _judge(summary),
-        "## Scores on held-out prompts\n\n" + _scores(summary),
-        "## Checks\n\n" + _table(("check", "result", "figures"), _check_rows(summary)),
-        "## Limits\n\n" + _limits(summary),
-        "## Versions\n\n" + ", ".join(f"{escaped(k)} {escaped(v)}" for k, v in summary["versions"].items()),
+        *(f"## {heading}\n\n{text(summary)}" for heading, text in ({"Priority gate": _tries} if proposed else measured).items()),
+        "## Limits\n\n" + _bullets(_limits(summary, proposed)),
+        "## Versions\n\n" + _versions(summary, adapter),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _base(summary: Mapping[str, Any]) -> str | None:
@@ -80,21 +90,26 @@ def _on_the_base(summary: Mapping[str, Any]) -> bool:
 
 def _head(summary: Mapping[str, Any], adapter: bool) -> str:
     head: dict[str, Any] = {}
-    if base := _base(summary):
+    base = _base(summary) if not adapter or _on_the_base(summary) else None
+    if base:
         head |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     sources = (summary.get("prompts") or {}).values()
     if hub := sorted({p["source"] for p in sources if p["kind"] == "hub" and _HUB_ID.fullmatch(p["source"])}):
         head["datasets"] = hub
     head |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    head["tags"] = ["spalign", "alignment", "self-priority-alignment", "simpo", *(["lora"] if adapter else [])]
+    head["tags"] = ["spalign", "alignment", "self-priority-alignment", "simpo"]
+    if adapter:  # PEFT's own
+        head["tags"] += [*([f"base_model:adapter:{base}"] if base else []), "lora", "transformers"]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
 
 
-def _what(summary: Mapping[str, Any], adapter: bool) -> str:
+def _what(summary: Mapping[str, Any], adapter: bool, step: int | None) -> str:
     n = len(summary["iterations"])
     order = " first, then ".join(f"**{escaped(o)}**" for o in summary["constitution"]["objectives"])
     lora = _lora(summary)
     how = "all weights" if not lora else f"{'a DoRA' if lora.get('dora') else 'a LoRA'} adapter of rank {lora['r']}"
+    if lora and lora.get("base_dtype") == "nf4":
+        how += " on a base in four bits (NF4)"
     merged = ", merged into the base" if lora and not adapter else ""
     text = (
         f"{escaped(_base_name(summary))} after {n} iteration{'s' * (n > 1)} of Self-Priority Alignment (arXiv 2511.06222) with spalign, "
@@ -103,18 +118,39 @@ def _what(summary: Mapping[str, Any], adapter: bool) -> str:
         f"Trained: {how}{merged}. Fingerprint of the base: {escaped(summary.get('model_fingerprint', 'unknown'))}. "
         "No licence is stated here: the base model's terms apply."
     )
+    if step is not None:
+        text += (
+            f"\n\n**This is not the final model but the checkpoint of step {step}** of the last iteration: the final model failed the "
+            "priority gate and is not handed over, and this one is proposed in its place."
+        )
     if adapter and not _on_the_base(summary):
         text += f"\n\nThis adapter belongs on the merged model of iteration {n - 1}, not on the base: use the merged model of this run."
     return text
 
 
-def _verdicts(summary: Mapping[str, Any]) -> str:
+def _of_the_checkpoint(summary: Mapping[str, Any], step: int) -> list[str]:
+    """As `_of_the_model`, for the checkpoint that is proposed."""
+    gate = summary["gate"]
+    mine = next(c for c in gate["checkpoints"] if c["step"] == step)
+    return [
+        f"**Priority gate FAILED by the final model**: {escaped(gate['text'])}",
+        f"**Priority gate passed by this checkpoint, of step {step}**: {escaped(mine['text'])}",
+        "**No other score of this checkpoint is reported here**; its judged answers are in the run's evaluation/"
+        f"checkpoint-{step}: read them before you use it",
+        *_of_the_judge(summary),
+        *_of_the_guard(summary),
+    ]
+
+
+def _of_the_model(summary: Mapping[str, Any]) -> list[str]:
     """What a reader must know before all else; what failed stands in the same form as what went well."""
     lines = []
     if gate := summary.get("gate"):
         result = "passed" if gate["passed"] else "FAILED"
         if not gate["passed"]:
             result += ", and was not enforced" if summary["model_path"] else ": this model is not handed over, do not use it"
+            if other := gate.get("proposed"):
+                result += f" (checkpoint {other['step']} is proposed instead)"
         lines.append(f"**Priority gate {result}**: {escaped(gate['text'])}")
     for o in summary["constitution"]["objectives"]:
         by = summary["measures"].get(o, {}).get("all")
@@ -124,22 +160,29 @@ def _verdicts(summary: Mapping[str, Any]) -> str:
         low, high = by["difference"]["ci"]
         verdict = "rose" if low > 0 else "FELL" if high < 0 else "no change shown"
         lines.append(f"**{escaped(o)}: {verdict}**, {_difference(o, by)} on a scale of 0 to 10")
-    for name, how in summary["judge"]["objectives"].items():
-        if how["verdict"] != "trustworthy":
-            lines.append(
-                f"**The judge of {escaped(name)} is {escaped(how['verdict'] or 'not checked')}**: its scores carry no claim by themselves"
-            )
-    for i, iteration in enumerate(summary["iterations"], 1):
-        if iteration["training"]["collapsed"]:
-            t = iteration["training"]
-            lines.append(
-                f"**Training of iteration {i} was stopped at step {t['steps']}**: {escaped(t['collapsed'])}. "
-                f"The model is that of step {t['steps_kept']}"
-            )
+    lines += [*_of_the_judge(summary), *_of_the_guard(summary)]
     for passed, word in ((False, "FAILED"), (True, "passed")):
         if names := [escaped(c["name"]) for c in summary["checks"] if c["passed"] is passed]:
             lines.append(f"**Checks {word}, {len(names)} of {len(summary['checks'])}:** {'; '.join(names)} (figures below)")
-    return "\n".join(f"- {line}" for line in lines)
+    return lines
+
+
+def _of_the_judge(summary: Mapping[str, Any]) -> list[str]:
+    return [
+        f"**The judge of {escaped(name)} is {escaped(how['verdict'] or 'not checked')}**: its scores carry no claim by themselves"
+        for name, how in summary["judge"]["objectives"].items()
+        if how["verdict"] != "trustworthy"
+    ]
+
+
+def _of_the_guard(summary: Mapping[str, Any]) -> list[str]:
+    trainings = [iteration["training"] for iteration in summary["iterations"]]
+    return [
+        f"**Training of iteration {i} was stopped at step {t['steps']}**: {escaped(t['collapsed'])}. "
+        f"Its model is that of step {t['steps_kept']}"
+        for i, t in enumerate(trainings, 1)
+        if t["collapsed"]
+    ]
 
 
 def _load(summary: Mapping[str, Any], adapter: bool) -> str:
@@ -191,7 +234,7 @@ def _data(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def _funnels(summary: Mapping[str, Any]) -> str:
+def _funnels(summary: Mapping[str, Any], step: int | None) -> str:
     parts = []
     for number, iteration in enumerate(summary["iterations"], 1):
         f, t = iteration["funnel"], iteration["training"]
@@ -207,7 +250,8 @@ def _funnels(summary: Mapping[str, Any]) -> str:
             f"Of {r['candidates']} candidates {r['unfinished']} were unfinished and {r['empty']} empty; these enter no pair. "
             f"Consistency rule: {_passed(c['refined'])} refined answers pass"
             + (f", {_passed(c['placebo'])} of the placebo (ordinary samples)." if c["placebo"]["tested"] else "; no placebo was tested."),
-            f"Training: {t['steps']} steps on {t['prompts']} prompts; the model is that of step {t['steps_kept']}.",
+            f"Training: {t['steps']} steps on {t['prompts']} prompts; the model is that of step {t['steps_kept']}"
+            + (f", this checkpoint that of step {step}." if step is not None and number == len(summary["iterations"]) else "."),
         ]
         parts.append("\n\n".join(lines))
     return "\n\n".join(parts)
@@ -275,7 +319,22 @@ def _check_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(escaped(c["name"]), "passed" if c["passed"] else "**FAILED**", escaped(c["text"])) for c in summary["checks"]]
 
 
-def _limits(summary: Mapping[str, Any]) -> str:
+def _tries(summary: Mapping[str, Any]) -> str:
+    """The final model and the checkpoints after it, in the order in which they were tried."""
+    gate = summary["gate"]
+    tried = [("final model", gate), *((f"checkpoint {c['step']}", c) for c in gate["checkpoints"])]
+    rows = [(who, "passed" if g["passed"] else f"**FAILED** ({escaped(g['verdict'])})", escaped(g["text"])) for who, g in tried]
+    text = _table(("model", "result", "figures"), rows)
+    return f"{text}\n\nDifferences are after - before of the same held-out prompts, on a scale of 0 to 10, by the judge above."
+
+
+def _versions(summary: Mapping[str, Any], adapter: bool) -> str:
+    text = ", ".join(f"{escaped(k)} {escaped(v)}" for k, v in summary["versions"].items())
+    peft = summary["versions"].get("peft")
+    return f"{text}\n\n### Framework versions\n\n- PEFT {escaped(peft)}" if adapter and peft else text  # as PEFT writes it
+
+
+def _limits(summary: Mapping[str, Any], proposed: bool) -> list[str]:
     held = (summary.get("prompts") or {}).get("heldout")
     of = f"{held['count']} held-out prompts of one set" if held else "the held-out prompts of one set"
     limits = [
@@ -292,7 +351,10 @@ def _limits(summary: Mapping[str, Any]) -> str:
         limits.insert(
             0, "A 135M model has almost nothing safe to choose from and judges little better than chance: this shows the machinery only."
         )
-    return "\n".join(f"- {line}" for line in limits)
+    if proposed:
+        tried = len(summary["gate"]["checkpoints"])
+        limits.insert(0, f"This checkpoint was chosen by its figures, in {tried + 1} looks: its bound is a little too good.")
+    return limits
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
