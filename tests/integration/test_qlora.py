@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_accelerate_run import NO_LIMITS, config, trained
 from test_trainer import ALPHA, GROUPS, PAD, eq3, gap, llama, own_rows, split, step, tokenizer, trainer_for
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +18,8 @@ from transformers import PreTrainedModel
 from spalign.config import EngineConfig, config_from
 from spalign.engines import loading
 from spalign.engines.loading import load_model
-from spalign.errors import ModelError
+from spalign.errors import ConfigError, ModelError
+from spalign.pipeline import launch_file
 from spalign.training.batches import collate, prepare, response_logps
 
 bitsandbytes = pytest.mark.skipif(
@@ -190,6 +193,30 @@ def test_a_device_that_is_not_there_is_an_error_with_a_hint(folder: Path) -> Non
     with pytest.raises(ModelError, match="cannot be put on 'cuda:99'") as e:
         load_model(str(folder), EngineConfig(device="cuda:99"), dtype="nf4")
     assert "engine.device" in e.value.hint
+
+
+@bitsandbytes
+def test_two_processes_train_on_four_bits_what_one_does(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    lora = {"lora": {"r": 4, "base_dtype": "nf4"}, "guard": NO_LIMITS | {"prompts": 4}}  # of one, the answer is empty
+    start = load_file(tiny_model / "model.safetensors")
+    found = []
+    for together in (False, True):
+        stage = trained(config(tmp_path / str(together), tiny_model, together, **lora))
+        found.append(load_file(stage / "model/model.safetensors"))
+    moved = [torch.cat([(m[k] - start[k]).reshape(-1) for k in sorted(start)]) for m in found]
+    assert float(moved[0].abs().max()) > 1e-3
+    assert gap(moved[1], moved[0]) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_a_base_in_four_bits_is_not_sharded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_file, "find_spec", lambda _: True)  # whether DeepSpeed is installed does not matter here
+    file = Path(__file__).parents[2] / f"configs/accelerate/{name}.yaml"
+    wanted = config_from({"name": "a", "train": {"accelerate": str(file), "lora": {"base_dtype": "nf4"}}})
+    with pytest.raises(ConfigError, match="a base in four bits is not spread over processes") as e:
+        launch_file.check_launch(wanted)
+    assert "ddp.yaml" in e.value.hint
 
 
 def test_without_bitsandbytes_a_run_is_refused_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

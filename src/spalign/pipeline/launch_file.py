@@ -43,6 +43,8 @@ def check_launch(config: RunConfig) -> None:
         raise ConfigError(f"{path}: checkpoints would hold no whole weights", hint="set zero3_save_16bit_model to true")
     if kind in _SHARDED and config.train.loss == "dpo":
         raise ConfigError(f"{path}: dpo's reference pass needs whole weights in every process", hint="take configs/accelerate/ddp.yaml")
+    if kind in _SHARDED and config.train.lora and config.train.lora.base_dtype == "nf4":
+        raise ConfigError(f"{path}: a base in four bits is not spread over processes", hint="take configs/accelerate/ddp.yaml")
     _check_devices(config, path, file)
     accumulation(config, file.num_processes)
 
