@@ -55,12 +55,15 @@ class PromptsConfig(Part):
 class EngineConfig(Part):
     """How a model is run: here, or by a server that speaks the OpenAI protocol (docs/engines.md)."""
 
-    kind: Literal["transformers", "openai"] = "transformers"
+    kind: Literal["transformers", "vllm", "openai"] = "transformers"
+    """transformers: any model, any score. vllm: faster, in a process of its own; no hidden states. openai: a model that a server runs."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""
     device: str = "auto"
     batch_size: PositiveInt = 128
     """Sequences that run through the model together."""
+    memory: Annotated[float, Field(gt=0)] | None = None
+    """vLLM: share of the GPU's memory that it may take (default 0.9); on a CPU, GiB for keys and values (default 4)."""
     trust_remote_code: bool = False
     base_url: str | None = None
     """openai: where the server is, usually ending in /v1. The model's name there is the run's `model`, or the judge's name."""
@@ -86,7 +89,8 @@ class EngineConfig(Part):
 
     def here(self) -> EngineConfig:
         """How a model that the run itself made is run: no server has it."""
-        return EngineConfig(**self.model_dump(include={"dtype", "device", "batch_size", "trust_remote_code"}))
+        kind = "transformers" if self.served else self.kind
+        return EngineConfig(kind=kind, **self.model_dump(include={"dtype", "device", "batch_size", "memory", "trust_remote_code"}))
 
     @field_validator("base_url")
     @classmethod

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from spalign.config import EngineConfig
 from spalign.engines.base import Engine
 from spalign.engines.models import fingerprint, locate
@@ -14,9 +17,32 @@ def load_engine(name: str, config: EngineConfig) -> Engine:
         from spalign.engines.openai import OpenAIEngine
 
         return OpenAIEngine.load(name, config)
+    if config.kind == "vllm":
+        from spalign.engines.vllm import VLLMEngine
+
+        base, adapter = adapter_of(name)
+        return VLLMEngine(base, config, adapter=adapter)
     from spalign.engines.transformers import TransformersEngine
 
     return TransformersEngine.load(name, config)
+
+
+def adapter_of(name: str) -> tuple[str, Path | None]:
+    """The model that vLLM loads and the adapter that it puts on it: for a model that a run trained as an adapter, its base and that.
+
+    For any other the model itself: for DoRA, which vLLM does not know, and where the base is not here any more.
+    """
+    folder = Path(name)
+    adapter = folder.with_name(folder.name.replace("model", "adapter", 1))
+    if adapter == folder or not (adapter / "adapter_config.json").is_file():
+        return name, None
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    base = str(told["base_model_name_or_path"])
+    try:
+        locate(base)
+    except ModelError:
+        return name, None
+    return (name, None) if told.get("use_dora") else (base, adapter)
 
 
 def identify(name: str, config: EngineConfig) -> str:

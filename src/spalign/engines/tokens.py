@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from spalign.engines.base import Ask, Completion, GenerateRequest
+from spalign.engines.prefix_tree import Tokens
 from spalign.errors import EngineError, ModelError
 from spalign.types import Message
 
@@ -64,3 +66,53 @@ class ChatTokens:
             if token in text:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
+
+
+class TokenEngine:
+    """What engines that feed token ids to a model do alike. `tokens`: the model's own tokenizer."""
+
+    tokens: ChatTokens
+
+    @property
+    def window(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.tokens.tokenizer
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return self.tokens.chat(messages)
+
+    def encode_response(self, text: str) -> list[int]:
+        return self.tokens.response(text)
+
+    def check_choices(self, choices: Sequence[str], *, chat: bool = False) -> None:
+        for choice in choices:
+            self.tokens.one(choice, chat=chat)
+
+    def _work(self, requests: Sequence[GenerateRequest]) -> list[tuple[list[int], GenerateRequest, int]]:
+        """Every completion that is wanted, as (prompt, request, index); EngineError where one could exceed the window."""
+        encoded = [(self.encode_chat(r.messages), r) for r in requests]
+        for ids, request in encoded:
+            if len(ids) + request.sampling.max_new_tokens > self.window:
+                raise EngineError(
+                    f"prompt '{request.id}' has {len(ids)} tokens; with max_new_tokens {request.sampling.max_new_tokens} "
+                    f"it exceeds the model's window of {self.window}",
+                    hint="shorten or drop the prompt, or lower sample.max_new_tokens",
+                )
+        return [(ids, r, i) for ids, r in encoded for i in range(len(r.seeds))]
+
+    def _completion(self, request: GenerateRequest, index: int, tokens: Sequence[int]) -> Completion:
+        finished = tokens[-1] in self.tokens.eos
+        text = self.tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True).strip()
+        return Completion(request.id, index, text, tuple(tokens), finished)
+
+    def _encode_ask(self, ask: Ask) -> Tokens:
+        if isinstance(ask, str):
+            return tuple(self.tokenizer(ask, split_special_tokens=True)["input_ids"])
+        return tuple(self.encode_chat(ask))
+
+    def _fitting(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tokens, Tokens]]:
+        """The distinct requests that fit into the window, neither side empty, in an order of their own: what begins alike is adjacent."""
+        return sorted({(tuple(c), tuple(y)) for c, y in requests if c and y and len(c) + len(y) <= self.window})

@@ -17,27 +17,24 @@ from spalign.engines.base import Ask, Capability, Completion, GenerateRequest
 from spalign.engines.loading import inference_dtype, load_model
 from spalign.engines.prefix_tree import Node, Tokens, prefix_tree
 from spalign.engines.sampling import next_tokens, uniforms
-from spalign.engines.tokens import ChatTokens
-from spalign.errors import EngineError
-from spalign.types import Message
+from spalign.engines.tokens import ChatTokens, TokenEngine
 
 T = TypeVar("T")
 _SHARE_FROM = 8  # a common prefix shorter than this is not worth a pass of its own
 _PASS_TOKENS = {True: 1024, False: 16_384}  # prompt tokens in one forward pass, on a CPU and elsewhere
 
 
-class TransformersEngine:
+class TransformersEngine(TokenEngine):
     """Batches by length; the samples of one prompt, and prompts that begin alike, share their prefill; completions stream out."""
 
     name = "transformers"
     capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood", "representations"})
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 128) -> None:
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.batch_size = model, batch_size
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.tokens = ChatTokens(tokenizer, eos if isinstance(eos, list) else [eos])
-        self._eos = self.tokens.eos
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._eos)
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.tokens.eos)
 
     @classmethod
     def load(cls, name: str, config: EngineConfig) -> TransformersEngine:
@@ -50,22 +47,9 @@ class TransformersEngine:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else 1 << 20
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return self.tokens.chat(messages)
-
-    def encode_response(self, text: str) -> list[int]:
-        return self.tokens.response(text)
-
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
-        work = [(self.encode_chat(r.messages), r, i) for r in requests for i in range(len(r.seeds))]
-        for ids, request, _ in work:
-            if len(ids) + request.sampling.max_new_tokens > self.window:
-                raise EngineError(
-                    f"prompt '{request.id}' has {len(ids)} tokens; with max_new_tokens {request.sampling.max_new_tokens} "
-                    f"it exceeds the model's window of {self.window}",
-                    hint="shorten or drop the prompt, or lower sample.max_new_tokens",
-                )
+        work = self._work(requests)
         work.sort(key=lambda w: (w[1].sampling.max_new_tokens, len(w[0]), w[1].id, w[2]))
         for start in range(0, len(work), self.batch_size):
             yield from self._generate_batch(work[start : start + self.batch_size])
@@ -90,9 +74,10 @@ class TransformersEngine:
                 if row in done:
                     continue
                 tokens[row].append(token)
-                if token in self._eos or len(tokens[row]) == limits[row]:
+                if token in self.tokens.eos or len(tokens[row]) == limits[row]:
                     done.add(row)
-                    yield self._completion(work[row], tokens[row])
+                    _, request, i = work[row]
+                    yield self._completion(request, i, tokens[row])
             if len(done) == len(work):
                 return
             if len(rows) - sum(r in done for r in rows) <= 0.8 * len(rows):  # drop finished rows now and then, not one by one
@@ -102,12 +87,6 @@ class TransformersEngine:
                 mask, new, rows = mask[index], new[index], [rows[i] for i in keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(new.unsqueeze(1), mask, cache).logits[:, -1]
-
-    def _completion(self, work: tuple[list[int], GenerateRequest, int], tokens: list[int]) -> Completion:
-        _, request, index = work
-        finished = tokens[-1] in self._eos
-        text = self.tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True).strip()
-        return Completion(request.id, index, text, tuple(tokens), finished)
 
     @torch.inference_mode()
     def choice_logprobs(self, asks: Sequence[Ask], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
@@ -121,11 +100,6 @@ class TransformersEngine:
             log_probs = out.logits[:, -1].float().log_softmax(-1)[:, choice_ids].tolist()
             found |= {distinct[i]: tuple(row) for i, row in zip(leaves, log_probs, strict=True)}
         return [found.get(ids) for ids in encoded]
-
-    def _encode_ask(self, ask: Ask) -> Tokens:
-        if isinstance(ask, str):
-            return tuple(self.tokenizer(ask, split_special_tokens=True)["input_ids"])
-        return tuple(self.encode_chat(ask))
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...] | None]:
@@ -151,10 +125,6 @@ class TransformersEngine:
                 n = len(keys[i][1])
                 found[keys[i]] = tuple(torch.cat([s[row, -n:].float().mean(0) for s in states]).tolist())
         return [found.get((tuple(c), tuple(y))) for c, y in requests]
-
-    def _fitting(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tokens, Tokens]]:
-        """The distinct requests that fit into the window, neither side empty, in an order of their own."""
-        return sorted({(tuple(c), tuple(y)) for c, y in requests if c and y and len(c) + len(y) <= self.window})
 
     def _walk(self, sequences: list[Tokens], limits: list[int], **asked: Any) -> Iterator[tuple[list[int], Any]]:
         """The model's output on the last piece of each sequence, some sequences at a time, padded on the left; shared beginnings run once.
@@ -189,10 +159,6 @@ class TransformersEngine:
                         yield from descend(children, own, seen)
 
         yield from descend([(0, root) for root in roots], head, torch.zeros(1, 0, dtype=torch.long, device=device))
-
-    def check_choices(self, choices: Sequence[str], *, chat: bool = False) -> None:
-        for choice in choices:
-            self.tokens.one(choice, chat=chat)
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
         """Next-token logits (rows, vocabulary), the cache and its mask (rows, keys) after `prompts`; equal prompts run once."""

@@ -79,8 +79,11 @@ class Policy:
 
     def free(self) -> None:
         """Give the memory back; the next use loads again. A served model has none here."""
-        if not self.served:
-            self._engine = None
+        if self.served or self._engine is None:
+            return
+        if close := getattr(self._engine.inner, "close", None):  # a process of its own
+            close()
+        self._engine = None
 
 
 @dataclass(frozen=True, slots=True)

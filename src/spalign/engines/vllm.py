@@ -1,0 +1,297 @@
+"""The vLLM engine: continuous batching and a cache of prompt beginnings, in a process of its own. Freeing it ends the process."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from spalign.config import EngineConfig
+from spalign.engines.base import Ask, Capability, Completion, GenerateRequest
+from spalign.engines.loading import device_of, inference_dtype
+from spalign.engines.models import resolve
+from spalign.engines.prefix_tree import Tokens
+from spalign.engines.tokens import ChatTokens, TokenEngine
+from spalign.engines.vllm_process import Done, Failed, Job, Ready
+from spalign.errors import ConfigError, EngineError, ModelError
+from spalign.text import printable, shorten
+
+_KV_GIB = 4.0  # for keys and values on a CPU
+_GPU_SHARE = 0.9
+_BLOCK = 32  # tokens; what prompts share is reused in whole blocks, and vLLM's 128 on CPUs is longer than most of our prompts
+_LOG_LINES = 12
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def check_vllm(config: EngineConfig) -> None:
+    """Raises, before any model is loaded, where vLLM cannot be used."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError(
+            "engine.kind is vllm, and the package vllm is not installed",
+            hint="on a GPU machine: pip install 'spalign[vllm]'; on a CPU: make setup ENGINE=vllm (docs/engines.md); "
+            "or engine.kind=transformers",
+        )
+    device = device_of(config)
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"engine.device '{device}': the vLLM engine runs on cpu and cuda", hint="set engine.kind=transformers")
+    if device != "cpu" and config.memory is not None and config.memory > 1:
+        raise ConfigError(
+            f"engine.memory {config.memory}: on a GPU it is a share of its memory, at most 1", hint="for example engine.memory=0.45"
+        )
+
+
+class VLLMEngine(TokenEngine):
+    """Completions stream out as they finish; what prompts begin with alike runs once, also across calls. No hidden states.
+
+    A completion depends on prompt and seed up to rounding: in bfloat16 the last bits depend on what runs beside it, and now and then they
+    turn a token. prompt_tokens, cached_tokens: counted over all calls.
+    """
+
+    name = "vllm"
+    capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood"})
+
+    def __init__(self, name: str, config: EngineConfig, *, adapter: Path | None = None) -> None:
+        """Load a model by name (see `spalign.engines.models`). Raises ModelError or EngineError with what to do.
+
+        adapter: folder of a LoRA adapter on that model, as PEFT writes it; it is not merged.
+        """
+        check_vllm(config)
+        where = resolve(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+            shape = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as e:
+            raise ModelError(
+                f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}",
+                hint="check the name, your network and your access to the hub; or use a local folder",
+            ) from e
+        self.tokens = ChatTokens(tokenizer, _ends(where, shape))
+        self._process = _Process(_settings(where, config) | _lora(adapter), _environment(config))
+        self._window = self._process.window
+        if limit := getattr(shape.get_text_config(), "max_position_embeddings", None):
+            self._window = min(self._window, int(limit))
+        self.prompt_tokens = self.cached_tokens = 0
+
+    def close(self) -> None:
+        """End the process and give its memory back."""
+        self._process.close()
+
+    @property
+    def window(self) -> int:
+        return self._window
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
+        work = self._work(requests)
+        jobs = []
+        for ids, request, i in work:
+            how = request.sampling
+            draw = (request.seeds[i], how.temperature, how.top_p) if how.temperature else None
+            jobs.append(Job(tuple(ids), how.max_new_tokens, tuple(sorted(self.tokens.eos)), draw))
+        for done in self._run(jobs):
+            _, request, i = work[done.number]
+            yield self._completion(request, i, done.tokens)
+
+    def choice_logprobs(self, asks: Sequence[Ask], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
+        if not asks:
+            return []
+        encoded = [self._encode_ask(a) for a in asks]
+        choice_ids = tuple(self.tokens.one(c, chat=not isinstance(asks[0], str)) for c in choices)
+        distinct = sorted({ids for ids in encoded if len(ids) < self.window})  # what begins alike is adjacent
+        found: dict[Tokens, tuple[float, ...]] = {
+            distinct[d.number]: d.weighed for d in self._run([Job(ids, weigh=choice_ids) for ids in distinct])
+        }
+        return [found.get(ids) for ids in encoded]
+
+    def loglikelihood(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...] | None]:
+        keys = self._fitting(requests)
+        # the last token is weighed as the next one, so that it need not run
+        jobs = [Job((*c, *y[:-1]), weigh=(y[-1],), read_from=len(c) if len(y) > 1 else None) for c, y in keys]
+        found = {keys[d.number]: (*d.read, *d.weighed) for d in self._run(jobs)}
+        return [found.get((tuple(c), tuple(y))) for c, y in requests]
+
+    def representations(
+        self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], depths: Sequence[float]
+    ) -> list[tuple[float, ...] | None]:
+        raise EngineError("the vLLM engine does not show hidden states", hint="set engine.kind=transformers, or use another scorer")
+
+    def _run(self, jobs: list[Job]) -> Iterator[Done]:
+        for done in self._process.run(jobs):
+            self.prompt_tokens += len(jobs[done.number].ids)
+            self.cached_tokens += done.cached
+            yield done
+
+
+def _ends(where: str, shape: Any) -> list[int | None]:
+    try:
+        own = GenerationConfig.from_pretrained(where)
+    except OSError:
+        own = GenerationConfig.from_model_config(shape)
+    return own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+
+
+def _settings(where: str, config: EngineConfig) -> dict[str, Any]:
+    """Arguments of vllm.LLM. It gets token ids and gives token ids: text is turned into tokens here, as for the other engines."""
+    cpu = device_of(config) == "cpu"
+    settings: dict[str, Any] = {
+        "model": where,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # no sampling defaults of the model's
+        "load_format": "safetensors",
+        "dtype": str(inference_dtype(config)).removeprefix("torch."),
+        "trust_remote_code": config.trust_remote_code,
+        "max_num_seqs": config.batch_size,
+        "max_model_len": -1,  # the model's, or what fits into the memory
+        "enable_prefix_caching": True,
+        "logits_processors": ["spalign.engines.vllm_sampler:SeededSampler"],
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if cpu:
+        kv = int((config.memory or _KV_GIB) * 2**30)
+        settings |= {"enforce_eager": True, "block_size": _BLOCK, "kv_cache_memory_bytes": kv}
+    else:
+        settings |= {"gpu_memory_utilization": config.memory or _GPU_SHARE}
+    return settings
+
+
+def _lora(adapter: Path | None) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    rank, modules = int(told["r"]), told["target_modules"]
+    modules = sorted({str(m).rpartition(".")[2] for m in modules}) if isinstance(modules, list) else None  # else a pattern
+    taken = next((r for r in _RANKS if r >= rank), None)
+    if taken is None:
+        raise EngineError(f"{adapter}: rank {rank} is more than vLLM takes ({_RANKS[-1]})", hint="set engine.kind=transformers")
+    # the modules by name: else vLLM wraps the LM head too, and then fails where it weighs the tokens of several prompts
+    return {"adapter": str(adapter), "enable_lora": True, "max_loras": 1, "max_lora_rank": taken, "lora_target_modules": modules}
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    """One process, no telemetry, and on a CPU Intel's OpenMP where it is installed: vLLM is made for it."""
+    device = device_of(config)
+    out = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second one takes no sampler from outside
+    }
+    if device == "cpu":
+        out.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+        if openmp.exists() and "libiomp" not in out.get("LD_PRELOAD", ""):
+            out["LD_PRELOAD"] = ":".join(filter(None, [str(openmp), out.get("LD_PRELOAD")]))
+            out.setdefault("KMP_BLOCKTIME", "5")  # milliseconds that a thread waits before it sleeps
+    elif ":" in device:
+        number = int(device.split(":")[1])
+        visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+        out["CUDA_VISIBLE_DEVICES"] = visible[number] if number < len(visible) else str(number)
+    return out
+
+
+class _Process:
+    """vLLM's process, its connection and its log. Ended when closed, when forgotten, and when this process ends in whatever way."""
+
+    def __init__(self, settings: dict[str, Any], environment: dict[str, str]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="spalign-vllm-")
+        self._log = Path(self._folder.name) / "log"
+        self._connection, theirs = Pipe()
+        code = f"from spalign.engines.vllm_process import main; main({theirs.fileno()})"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                env={**environment, "TMPDIR": self._folder.name},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is ours; and whatever it starts can be ended with it
+            )
+        theirs.close()
+        self.close = weakref.finalize(self, _end, self._process, self._connection, self._folder)
+        self._send(settings)
+        ready = self._receive("did not start")
+        assert isinstance(ready, Ready)
+        self.window = ready.window
+
+    def run(self, jobs: list[Job]) -> Iterator[Done]:
+        """Results as they come; a caller who stops listening ends the rest."""
+        if not jobs:
+            return
+        self._send(jobs)
+        over = False
+        try:
+            while not over:
+                some = self._receive("failed")
+                over = some is None
+                yield from some or ()
+        finally:
+            if not over and self.close.alive:
+                self._send("stop")
+                while self._receive("failed") is not None:
+                    pass
+
+    def _send(self, message: Any) -> None:
+        if not self.close.alive:
+            raise EngineError("the vLLM engine was closed", hint="make a new one")
+        try:
+            self._connection.send(message)
+        except OSError:
+            self._fail("failed")
+
+    def _receive(self, what: str) -> Any:
+        try:
+            while not self._connection.poll(1.0):
+                if self._process.poll() is not None and not self._connection.poll():
+                    self._fail(what)
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            self._fail(what)
+        if isinstance(message, Failed):
+            self._fail(what, message.message)
+        return message
+
+    def _fail(self, what: str, why: str = "") -> Any:
+        """Raises EngineError with the reason and the last lines of the log; the process is ended."""
+        if not why:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+            why = _ended(self._process.returncode)
+        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self._log.exists() else []
+        self.close()
+        log = "".join(f"\n  log: {shorten(printable(line).strip(), 200)}" for line in lines if line.strip())
+        raise EngineError(
+            f"vLLM {what}: {shorten(printable(' '.join(why.split())), 500)}{log}",
+            hint="if it is short of memory, lower engine.batch_size or change engine.memory; engine.kind=transformers runs any model",
+        )
+
+
+def _ended(code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed, perhaps for want of memory"
+    return f"its process ended by itself (exit code {code})"
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection, folder: tempfile.TemporaryDirectory[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
+    connection.close()
+    folder.cleanup()
