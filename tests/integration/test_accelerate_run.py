@@ -154,7 +154,8 @@ def test_whatever_is_killed_training_goes_on_from_its_last_checkpoint(tmp_path, 
     assert "goes on" in err
     code, err = session(kill_one)
     assert code == 2
-    assert "the processes that train ended with code 1" in err
+    # its companion may have time to say that the connection is gone
+    assert "the processes that train ended with code 1" in err or "process 0 of the training failed" in err
     assert "the same command goes on from the last checkpoint" in err
     last = cli(tmp_path / "killed")
     _, err = last.communicate(timeout=300)
