@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -276,3 +277,10 @@ def test_the_digits_are_checked_as_a_chat_will_answer_them() -> None:
 
     ExpectedScorer().check(Engine(silent, lambda t, c: 0.0), [OBJECTIVE])
     assert checked == [(DIGITS, True)]
+
+
+@pytest.mark.parametrize("text", ["1" * 20_000, "1 " * 20_000, "7" + " " * 20_000 + "x", "1to" * 20_000])
+def test_a_hostile_reply_takes_no_longer_to_read_than_another(text: str) -> None:
+    began = time.perf_counter()
+    parse_score(text)
+    assert time.perf_counter() - began < 2  # quadratic, the first takes some 10 s

@@ -13,7 +13,8 @@ from spalign.selfeval.base import Case, Raw
 from spalign.text import one_line
 from spalign.types import SCORE_MAX, Message
 
-_RANGE = re.compile(r"\d+\s*(?:[-–—]|to)\s*\d+", re.IGNORECASE)  # "on a scale of 1 to 10", "7-8": not a score
+# "on a scale of 1 to 10", "7-8": not a score. Each run of digits is read once: a reply of a million takes no longer than another
+_RANGE = re.compile(r"(?<!\d)\d++\s*+(?:[-–—]|to)\s*+\d++", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.,/−–-])(\d{1,4})(?:\s*/\s*(\d{1,4})|\s+(?:out\s+)?of\s+(\d{1,4}))?(?![\w/%]|[.,]\d)", re.IGNORECASE)
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=8)
 _REPEAT = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
