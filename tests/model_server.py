@@ -172,6 +172,18 @@ def cut(handler: Handler, body: Json) -> None:
     drop(handler, body)
 
 
+def endless(handler: Handler, body: Json) -> None:
+    """A reply that goes on for as long as someone reads it."""
+    handler.close_connection = True
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        handler.wfile.write(b'{"choices": [{"message": {"content": "')
+        while not handler.server_of.released.is_set():
+            handler.wfile.write(b"x" * (1 << 20))
+
+
 def hang(seconds: float) -> Fault:
     """No reply for so long, or until the server ends."""
 

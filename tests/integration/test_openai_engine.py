@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from model_server import (
     chat_choice,
     cut,
     drop,
+    endless,
     hang,
     raw,
     status,
 )
 from spalign.config import EngineConfig
+from spalign.engines import endpoint
 from spalign.engines.base import EngineFailed, GenerateRequest, Sampling
 from spalign.engines.openai import OpenAIEngine
 from spalign.engines.transformers import TransformersEngine
@@ -59,7 +63,7 @@ def own(tiny_model: Path) -> TransformersEngine:
 
 @pytest.fixture(scope="module")
 def server(own: TransformersEngine) -> Iterator[ModelServer]:
-    with ModelServer(Real(own), names=("served",), window=own.window) as running:
+    with ModelServer(Real(own, always=(" Yes", " No")), names=("served",), window=own.window) as running:
         yield running
 
 
@@ -94,8 +98,7 @@ def test_token_ids_are_those_of_the_text_that_came(engine: OpenAIEngine, own: Tr
 def test_choices_and_likelihoods_are_the_model_s_own(engine: OpenAIEngine, own: TransformersEngine) -> None:
     asks = [f"Is {word} good? Answer Yes or No. Answer:" for word in ("this", "that", "it")]
     for got, expected in zip(engine.choice_logprobs(asks, (" Yes", " No")), own.choice_logprobs(asks, (" Yes", " No")), strict=True):
-        if got is not None:  # both among the 20 likeliest
-            assert got == pytest.approx(expected, abs=1e-4)
+        assert got == pytest.approx(expected, abs=1e-4)
     pairs = [(own.encode_chat((Message("user", f"Q{i}"),)), own.encode_response("some answer here")) for i in range(3)]
     for got, expected in zip(engine.loglikelihood(pairs), own.loglikelihood(pairs), strict=True):
         assert got == pytest.approx(expected, abs=1e-4)
@@ -178,6 +181,19 @@ def test_a_server_that_is_not_there() -> None:
     assert "start the server" in e.value.hint
 
 
+def test_a_server_that_takes_no_connection_is_not_waited_for_as_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "CONNECT", 0.3)
+    with socket.socket() as deaf, contextlib.ExitStack() as waiting:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(3):  # until its queue is full: from then on nobody is let in
+            other = waiting.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(deaf.getsockname())
+        with pytest.raises(EngineError, match=r"no connection, tried once \(it does not answer\)"):
+            OpenAIEngine("m", EngineConfig(kind="openai", base_url=f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", max_retries=0))
+
+
 def test_a_wrong_model_is_named_with_those_that_are_served(scripted: ModelServer) -> None:
     with pytest.raises(EngineError, match=r"no model 'other'") as e:
         OpenAIEngine("other", config(scripted))
@@ -237,13 +253,25 @@ def test_at_most_concurrency_requests_are_under_way() -> None:
 
 def test_hostile_answers_are_kept_as_text(scripted: ModelServer) -> None:
     nasty = "\x1b]0;owned\x07<script>alert(1)</script> \u202e" + "x" * 2_000_000
-    scripted.faults = [raw(json.dumps({"choices": [chat_choice(nasty)]}).encode())]
-    engine_config = config(scripted)
-    scripted.faults = []
-    engine = OpenAIEngine("m", engine_config)
+    engine = OpenAIEngine("m", config(scripted))
     scripted.faults = [raw(json.dumps({"choices": [chat_choice(nasty)]}).encode())]
     (made,) = engine.generate(requests(1, seeds=1))
     assert made.text == nasty.strip()
+
+
+def test_a_reply_without_end_is_given_up(scripted: ModelServer) -> None:
+    engine = OpenAIEngine("m", config(scripted, max_retries=0))
+    scripted.faults = [endless]
+    with pytest.raises(EngineFailed, match="no usable reply, tried once, to prompt 'p0': more than 64 MB"):
+        list(engine.generate(requests(1, seeds=1)))
+
+
+def test_an_answer_longer_than_asked_for_is_not_a_finished_one(engine: OpenAIEngine, server: ModelServer) -> None:
+    # 15 words and the end of the turn are 16 tokens, as many as were asked for
+    for count, finished in ((15, True), (16, False), (5000, False)):
+        server.faults = [raw(json.dumps({"choices": [chat_choice("a" + " a" * (count - 1))]}).encode())]
+        (made,) = engine.generate(requests(1, seeds=1))
+        assert (made.finished, len(made.token_ids)) == (finished, count + finished)
 
 
 # -- Keys -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Annotated, Any, NamedTuple
@@ -25,6 +25,10 @@ from spalign.text import one_line, printable, shorten
 CHAT, TEXT, MODELS = "/chat/completions", "/completions", "/models"
 UNSUPPORTED = frozenset({400, 403, 404, 405, 415, 422, 501})
 """Statuses by which servers say that they do not know a path or a parameter."""
+LARGEST = 64 << 20
+"""Bytes that a reply may have; the log-probabilities of a prompt of 100,000 tokens are about 16 MB."""
+CONNECT = 10.0
+"""Seconds in which a server must take a connection, however long its answers may take."""
 _TOO_LONG = ("context length", "context_length", "context window", "context size", "exceeds the available context", "maximum model length")
 
 
@@ -225,14 +229,15 @@ class Endpoint:
             base_url=self.url,
             api_key=os.environ.get(own.api_key_env) or "none",
             max_retries=own.max_retries,
-            http_client=openai.DefaultAsyncHttpxClient(timeout=own.timeout, event_hooks={"response": [self._check]}),
-            timeout=own.timeout,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._check]}),
+            timeout=openai.Timeout(own.timeout, connect=min(own.timeout, CONNECT)),
         )
 
     async def _check(self, response: Any) -> None:
         """Called by the transport with every response: one that is none becomes a lost connection, which the client retries."""
         import httpx2
 
+        response.stream = _capped(response)
         if not response.is_success:
             return
         content = await response.aread()
@@ -256,7 +261,9 @@ class Endpoint:
                 response = await client.post(job.path, body=job.body, cast_to=httpx2.Response)
         except openai.APIStatusError as e:
             raise self._refused(e.status_code, self._line(e), job) from None
-        except openai.APITimeoutError:
+        except openai.APITimeoutError as e:
+            if isinstance(e.__cause__, httpx2.ConnectTimeout):
+                raise self._unreached("it does not answer") from None
             raise EngineFailed(
                 f"{self.url}: no reply within {self._config.timeout:g} s, {self._tries}, to {job.what}",
                 hint="raise engine.timeout or lower engine.concurrency",
@@ -268,11 +275,11 @@ class Endpoint:
                     f"{self.url}: no usable reply, {self._tries}, to {job.what}: {self._shown(str(cause))}",
                     hint="see the server's log, and whether it speaks the OpenAI protocol at this address",
                 ) from None
-            raise EngineFailed(
-                f"{self.url}: no connection, {self._tries} ({type(cause).__name__})",
-                hint="start the server, or mend base_url",
-            ) from None
+            raise self._unreached(type(cause).__name__) from None
         return bytes(response.content)
+
+    def _unreached(self, why: str) -> EngineFailed:
+        return EngineFailed(f"{self.url}: no connection, {self._tries} ({why})", hint="start the server, or mend base_url")
 
     @property
     def _tries(self) -> str:
@@ -311,3 +318,24 @@ class Endpoint:
         """What a server said, should it repeat the key."""
         key = os.environ.get(self._config.api_key_env, "")
         return text.replace(key, "[key]") if len(key) >= 8 else text
+
+
+def _capped(response: Any) -> Any:
+    """The response's stream, which breaks off where there is no end to it."""
+    import httpx2
+
+    class Capped(httpx2.AsyncByteStream):  # type: ignore[misc]
+        stream = response.stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            left = LARGEST
+            async for chunk in self.stream:
+                left -= len(chunk)
+                if left < 0:
+                    raise httpx2.RemoteProtocolError(f"more than {LARGEST >> 20} MB", request=response.request)
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    return Capped()

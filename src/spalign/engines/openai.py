@@ -57,7 +57,7 @@ class OpenAIEngine:
         for n, reply in self._endpoint.all(jobs, skip_long=False):
             assert reply is not None
             request, i = work[n]
-            yield self._completion(request.id, i, reply)
+            yield self._completion(request, i, reply)
 
     def _generation(self, request: GenerateRequest, seed: int) -> Job:
         how = request.sampling
@@ -70,13 +70,16 @@ class OpenAIEngine:
             body["seed"] = seed & _MASK
         return Job(CHAT, body, f"prompt '{request.id}'")
 
-    def _completion(self, request_id: str, index: int, reply: Reply) -> Completion:
+    def _completion(self, request: GenerateRequest, index: int, reply: Reply) -> Completion:
+        """A server that writes on after the limit gives no finished answer: it could be longer than what training has room for."""
         finished = reply.choice.finish_reason == "stop"
         text = self._endpoint.without_key(reply.choice.said).strip()
         ids: list[int] = []
         if self.tokens:
-            ids = self.tokens.response(text) if finished else self.tokens.text(text)
-        return Completion(request_id, index, text, tuple(ids), finished)
+            ids = self.tokens.response(text)
+            finished = finished and len(ids) <= request.sampling.max_new_tokens
+            ids = ids if finished else ids[:-1]
+        return Completion(request.id, index, text, tuple(ids), finished)
 
     def choice_logprobs(self, asks: Sequence[Ask], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
         """As in the protocol; None also where a choice is not among the alternatives that the server gives: nothing is made up for it."""
