@@ -924,5 +924,29 @@ def ddp_worker(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_all_ranks_stop_at_a_loss_that_one_of_them_finds_not_finite(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
+    start_ranks(workers, "poisoned", tmp_path)
+    join_ranks(workers)
+    said = [(tmp_path / f"said{r}").read_text() for r in "01"]
+    assert said == ["loss is inf at step 1, in rows poisoned"] * 2
+
+
+def poisoned_worker(folder: Path) -> None:
+    # of n >= 8 pairs one has nearly the whole gap: its weight n^50 > 8^50 = 1e45 is more than float32 holds, the others' are about 0
+    groups = [replace(g, pairs=tuple(replace(p, gap=1.0) for p in g.pairs)) for g in EIGHT]
+    groups[5] = replace(groups[5], name="poisoned", pairs=(replace(groups[5].pairs[0], gap=1e30),))
+    model = llama()
+    before = weights(model).clone()
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "ddp_backend": "gloo", "alpha": 50.0}
+    trainer = trainer_for(folder / "two", model, groups, **settings, **ddp_settings())
+    with pytest.raises(FloatingPointError) as e:
+        trainer.train()
+    (folder / f"said{os.environ['RANK']}").write_text(str(e.value))
+    assert torch.equal(weights(model), before)
+    del trainer, model, e
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    {"ddp": ddp_worker, "fsdp2": fsdp2_worker}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp_worker, "fsdp2": fsdp2_worker, "poisoned": poisoned_worker}[sys.argv[1]](Path(sys.argv[2]))

@@ -204,7 +204,7 @@ def _fit(trainer: Any, guard: Any, job: TrainJob, watch: Watch) -> None:
     trainer.add_callback(Told)
     checkpoint = last_checkpoint(job.folder / "checkpoints")
     if checkpoint is not None:
-        _check_kind(checkpoint, trainer)
+        check_kind(checkpoint, trainer)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as e:
@@ -218,7 +218,7 @@ def _of_the_first(found: Any) -> Any:
     return broadcast_object_list([found])[0]
 
 
-def _check_kind(checkpoint: Path, trainer: Any) -> None:
+def check_kind(checkpoint: Path, trainer: Any) -> None:
     """Raises RunFolderError for a checkpoint of whole weights where they are sharded, and the other way round."""
     kinds = (
         ("FSDP", any(checkpoint.glob("pytorch_model_fsdp*")), trainer.is_fsdp_enabled),
@@ -227,7 +227,7 @@ def _check_kind(checkpoint: Path, trainer: Any) -> None:
     for kind, then, now in kinds:
         if then != now:
             raise RunFolderError(
-                f"{checkpoint}: training began {'with' if then else 'without'} {kind}, and cannot go on {'with' if now else 'without'}",
+                f"{checkpoint}: training began {'with' if then else 'without'} {kind}, and cannot go on {'with' if now else 'without'} it",
                 hint=f"take the train.accelerate that it began with, or remove {checkpoint.parent} to train from the start",
             )
 
