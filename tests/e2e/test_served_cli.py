@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from model_server import ModelServer, Real
+from model_server import ModelServer, Real, Scripted
 from spalign.config import EngineConfig
 from spalign.engines.transformers import TransformersEngine
 
 SECRET = "sk-a-very-secret-key-0123456789"
+BOTH = ("harmlessness", "helpfulness")
 
 
 @pytest.fixture
@@ -44,19 +45,66 @@ def test_a_served_policy_samples_and_judges_itself_and_is_trained_here(spalign, 
     assert again.code == 0, again.err
 
 
-def test_a_served_judge_of_a_policy_that_runs_here(spalign, lay_out, server, tmp_path):
+def test_a_run_with_a_served_judge_scores_as_the_same_model_does_here(spalign, lay_out, server, environment, reference, tmp_path):
     lay_out(tmp_path, self_evaluation={"judge": "served", "judge_engine": engine(server, None)})
     done = spalign(tmp_path, "evaluate", "run.yaml")
     assert done.code == 2  # stages before it first
-    for stage in ("sample", "evaluate"):
-        done = spalign(tmp_path, stage, "run.yaml")
-        assert done.code == 0, done.err
-    parts = sorted((tmp_path / "runs/tiny/iteration-1/2-evaluate").glob("part-*.jsonl"))
-    scored = [json.loads(line) for p in parts for line in p.read_text().splitlines()]
-    candidates = [r for g in scored for r in g["candidates"] if r["finished"]]
-    assert sum(set(r["scores"]) == {"harmlessness", "helpfulness"} for r in candidates) > len(candidates) / 2
+    environment["OPENAI_LOG"] = "debug"  # the client's own log of what it sends
+    done = spalign(tmp_path, "run", "run.yaml")
+    del environment["OPENAI_LOG"]
+    assert done.code == 0, done.err
+    assert "Sending HTTP Request" in done.err
     assert SECRET not in done.out + done.err
     assert holding(tmp_path) == []
+    assert "MY_SERVER_KEY" in (tmp_path / "runs/tiny/config.yaml").read_text()
+    assert server.asked("/chat/completions"), "the first question; the scores are read off plain completions"
+    assert len(server.asked("/v1/completions")) > 2 * 12 * 4
+    here, served = scores(reference.run), scores(tmp_path / "runs/tiny")
+    assert len(served) == 12 * 4
+    assert served.keys() == here.keys()
+    for name, found in served.items():
+        assert found == pytest.approx(here[name], abs=1e-3)
+    assert len({v["helpfulness"] for v in served.values() if v}) > 10, "scores that differ, so that pairs could be made"
+
+
+def scores(run: Path) -> dict[str, dict[str, float]]:
+    """Candidate -> its scores, as the run's self-evaluation left them."""
+    parts = sorted((run / "iteration-1/2-evaluate").glob("part-*.jsonl"))
+    groups = [json.loads(line) for p in parts for line in p.read_text().splitlines()]
+    return {r["id"]: r["scores"] for g in groups for r in g["candidates"]}
+
+
+@pytest.mark.parametrize("scorer", ["yes_no", "auto"])
+def test_a_judge_without_log_probabilities_is_refused_before_anything_is_sampled_and_likert_is_named(spalign, lay_out, tmp_path, scorer):
+    with ModelServer(Scripted(lambda messages, seed: "7"), names=("served",)) as wordy:
+        judge = {"judge": "served", "judge_engine": {"kind": "openai", "base_url": wordy.url}}
+        lay_out(tmp_path, self_evaluation={**judge, "scorer": scorer})
+        done = spalign(tmp_path, "run", "run.yaml")
+        assert done.code == 2
+        assert "likert" in done.err
+        assert "log-probabilities" in done.err or "choice_logprobs" in done.err
+        assert list(tmp_path.rglob("part-*.jsonl")) == []
+        (tmp_path / "likert").mkdir()
+        lay_out(tmp_path / "likert", self_evaluation={**judge, "scorer": "likert"})
+        for stage in ("sample", "evaluate"):
+            done = spalign(tmp_path / "likert", stage, "run.yaml")
+            assert done.code == 0, done.err
+        found = [v for v in scores(tmp_path / "likert/runs/tiny").values() if v]
+        assert found
+        assert all(set(v) == {"harmlessness", "helpfulness"} and len(set(v.values())) == 1 for v in found)
+
+
+def test_judge_check_measures_a_served_model(spalign, server, environment, tmp_path):
+    rows = [f"question {i},this is {kind} {i},{o},{label}" for i in range(12) for kind, label in (("kind", 1), ("cruel", 0)) for o in BOTH]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,response,objective,label", *rows]) + "\n")
+    environment["OPENAI_API_KEY"] = SECRET
+    args = ("--model", "served", "--base-url", server.url, "--data", "rows.csv", "--scorer", "yes_no", "--json")
+    done = spalign(tmp_path, "judge-check", *args)
+    assert done.code == 0, done.err
+    assert json.loads(done.out.splitlines()[-1])["objectives"]["helpfulness"]["yes_no"]["rows"] == 24
+    assert SECRET not in done.out + done.err
+    assert holding(tmp_path) == []
+    del environment["OPENAI_API_KEY"]
 
 
 def test_a_server_that_goes_away_stops_the_run_and_the_same_command_goes_on(spalign, lay_out, server, tiny_model, tmp_path):

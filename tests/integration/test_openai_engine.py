@@ -150,6 +150,14 @@ def test_a_time_out_is_asked_again(scripted: ModelServer) -> None:
     assert len(list(engine.generate(requests(1)))) == 2
 
 
+def test_a_server_that_stays_silent_is_an_error_that_says_for_how_long(scripted: ModelServer) -> None:
+    engine = OpenAIEngine("m", config(scripted, timeout=0.3, max_retries=1))
+    scripted.fault_if = lambda path, body: hang(5.0)
+    with pytest.raises(EngineFailed, match=r"no reply within 0\.3 s, tried 2 times, to prompt 'p0'") as e:
+        list(engine.generate(requests(1, seeds=1)))
+    assert "engine.timeout" in e.value.hint
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [

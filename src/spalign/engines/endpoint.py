@@ -237,6 +237,8 @@ class Endpoint:
         """Called by the transport with every response: one that is none becomes a lost connection, which the client retries."""
         import httpx2
 
+        if (named := response.headers.get("x-request-id")) is not None:  # the client's debug log shows it as it came
+            response.headers["x-request-id"] = self.without_key(named)
         response.stream = _capped(response)
         if not response.is_success:
             return

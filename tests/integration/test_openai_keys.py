@@ -1,0 +1,60 @@
+"""Where the key of a served model goes when the server is hostile: nowhere but to that server, and into no log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from model_server import Handler, Json, ModelServer, Scripted, status
+from spalign.config import EngineConfig
+from spalign.engines.base import EngineFailed, GenerateRequest, Sampling
+from spalign.engines.openai import OpenAIEngine
+from spalign.types import Message
+
+SECRET = "sk-a-very-secret-key-0123456789"
+ASK = [GenerateRequest("p", (Message("user", "Hi"),), (1,), Sampling(1.0, 1.0, 8))]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with ModelServer(Scripted(lambda messages, seed: "hello"), names=("m",), key=SECRET) as running:
+        yield running
+
+
+def engine(server: ModelServer) -> OpenAIEngine:
+    return OpenAIEngine("m", EngineConfig(kind="openai", base_url=server.url, max_retries=0, timeout=5.0))
+
+
+def test_a_server_that_sends_us_elsewhere_does_not_send_the_key_there(server: ModelServer) -> None:
+    def elsewhere(handler: Handler, body: Json) -> None:
+        handler.reply(b"", 307, {"Location": f"{other.url}/chat/completions"})
+
+    with ModelServer(Scripted(lambda messages, seed: "from elsewhere"), names=("m",)) as other:
+        made = engine(server)
+        server.faults = [elsewhere]
+        assert [c.text for c in made.generate(ASK)] == ["from elsewhere"]
+        ((_, headers, _),) = other.requests
+    assert any(SECRET in v for _, sent, _ in server.requests for v in sent.values()), "the key is sent where it belongs"
+    assert not any(SECRET in v for v in headers.values())
+
+
+@pytest.mark.parametrize("code", [200, 500])
+def test_the_client_s_debug_log_does_not_show_a_key_that_the_server_repeats(
+    server: ModelServer, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    made = engine(server)
+    if code == 200:
+        server.faults = [lambda handler, body: handler.reply(server.backend.chat(body), 200, {"x-request-id": f"for {SECRET}"})]
+    else:
+        server.faults = [status(500, f"your key is {SECRET}", x_request_id=f"for {SECRET}")]
+    with caplog.at_level(logging.DEBUG, logger="openai"):  # as OPENAI_LOG=debug does
+        if code == 200:
+            assert [c.text for c in made.generate(ASK)] == ["hello"]
+        else:
+            with pytest.raises(EngineFailed, match=r"your key is \[key\]"):
+                list(made.generate(ASK))
+    assert "request_id: for [key]" in caplog.text
+    assert SECRET not in caplog.text
