@@ -12,7 +12,6 @@ from spalign.config import EngineConfig
 from spalign.engines.transformers import TransformersEngine
 
 SECRET = "sk-a-very-secret-key-0123456789"
-BOTH = ("harmlessness", "helpfulness")
 
 
 @pytest.fixture
@@ -95,13 +94,13 @@ def test_a_judge_without_log_probabilities_is_refused_before_anything_is_sampled
 
 
 def test_judge_check_measures_a_served_model(spalign, server, environment, tmp_path):
-    rows = [f"question {i},this is {kind} {i},{o},{label}" for i in range(12) for kind, label in (("kind", 1), ("cruel", 0)) for o in BOTH]
+    rows = [f"question {i},this is {kind} {i},helpfulness,{label}" for i in range(6) for kind, label in (("kind", 1), ("cruel", 0))]
     (tmp_path / "rows.csv").write_text("\n".join(["prompt,response,objective,label", *rows]) + "\n")
     environment["OPENAI_API_KEY"] = SECRET
-    args = ("--model", "served", "--base-url", server.url, "--data", "rows.csv", "--scorer", "yes_no", "--json")
-    done = spalign(tmp_path, "judge-check", *args)
+    which = ("--data", "rows.csv", "--objective", "helpfulness", "--scorer", "yes_no")
+    done = spalign(tmp_path, "judge-check", "--model", "served", "--base-url", server.url, *which, "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out.splitlines()[-1])["objectives"]["helpfulness"]["yes_no"]["rows"] == 24
+    assert json.loads(done.out.splitlines()[-1])["objectives"]["helpfulness"]["yes_no"]["rows"] == 12
     assert SECRET not in done.out + done.err
     assert holding(tmp_path) == []
     del environment["OPENAI_API_KEY"]

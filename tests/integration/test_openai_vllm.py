@@ -138,10 +138,10 @@ def test_a_seed_gives_the_same_answer_again_and_another_seed_another(engine: Ope
 
 
 def test_a_server_on_a_cpu_that_is_told_not_to_read_in_chunks_survives_seeds(engine: OpenAIEngine) -> None:
-    # 4 prompts of some 300 tokens at once, and a step takes 1,024: with chunks the last is cut, and the server is gone
+    # 24 prompts of some 630 tokens, and a step takes 1,024: with chunks most are cut, and the server ends
     sampling = Sampling(1.0, 0.95, 4)
-    made = list(engine.generate([GenerateRequest(str(i), (Message("user", f"{i} word" * 150),), (i,), sampling) for i in range(4)]))
-    assert {c.request_id for c in made} == {"0", "1", "2", "3"}
+    asked = [GenerateRequest(str(i), (Message("user", f"{i:02d} word" * 210),), (i,), sampling) for i in range(24)]
+    assert {c.request_id for c in engine.generate(asked)} == {str(i) for i in range(24)}
 
 
 def test_choices_after_text_and_after_a_conversation_are_the_model_s_own(engine: OpenAIEngine, own: TransformersEngine) -> None:
