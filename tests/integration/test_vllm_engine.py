@@ -25,7 +25,7 @@ from spalign.selfeval import judge_check, load_labelled
 from spalign.types import Message
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("needs vLLM: make setup ENGINE=vllm (docs/vllm.md)", allow_module_level=True)
+    pytest.skip("needs vLLM: make setup ENGINE=vllm (docs/engines.md)", allow_module_level=True)
 
 from spalign.engines.vllm import VLLMEngine
 
