@@ -268,7 +268,8 @@ class Real:
             (made,) = self.engine.generate([GenerateRequest("x", messages, (body.get("seed", 0),), sampling)])
             logprobs = None
             if body.get("logprobs"):
-                tops = self._tops([*prompt, *made.token_ids], len(prompt), body["top_logprobs"])
+                ids = [*prompt, *made.token_ids]
+                tops = self._tops(ids, len(prompt), body["top_logprobs"], self._logprobs(ids))
                 logprobs = {"content": [{"token": t, "logprob": v, "top_logprobs": top} for t, v, top in tops]}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(made.token_ids)}
         return {"choices": [chat_choice(made.text, "stop" if made.finished else "length", logprobs)], "usage": usage}
@@ -279,7 +280,8 @@ class Real:
         if len(ids) + body["max_tokens"] > self.engine.window:
             raise Unsupported(f"This model's maximum context length is {self.engine.window} tokens.")
         with self.lock:
-            tops = self._tops([*ids, self._next(ids)], 0 if body.get("echo") else len(ids), body["logprobs"])
+            all_ = self._logprobs(ids)
+            tops = self._tops([*ids, int(all_[-1].argmax())], 0 if body.get("echo") else len(ids), body["logprobs"], all_)
         logprobs = {
             "tokens": [t for t, _, _ in tops],
             "token_logprobs": [v for _, v, _ in tops],
@@ -293,12 +295,11 @@ class Real:
         with torch.inference_mode():
             return self.engine.model(torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
 
-    def _next(self, ids: Sequence[int]) -> int:
-        return int(self._logprobs(ids)[-1].argmax())
+    def _tops(self, ids: Sequence[int], start: int, k: int, all_: Any) -> list[tuple[str, float | None, list[Json]]]:
+        """(token, its log-probability, the k likeliest in its place) from position `start` on; the first of all has neither.
 
-    def _tops(self, ids: Sequence[int], start: int, k: int) -> list[tuple[str, float | None, list[Json]]]:
-        """(token, its log-probability, the k likeliest in its place) from position `start` on; the first of all has neither."""
-        all_ = self._logprobs(ids)
+        all_: log-probabilities after each of the ids but perhaps the last.
+        """
         out: list[tuple[str, float | None, list[Json]]] = []
         for i in range(start, len(ids)):
             text = self.engine.tokenizer.decode([ids[i]])
