@@ -4,10 +4,12 @@
 
 The requests are those of configs/demo.yaml: its prompts, samples a prompt, lengths. Compared are generated tokens a second (the end of
 sequence counts, padding does not), each the best of the rounds, which alternate. Raw vLLM is `LLM.generate` on the same token ids in a
-process of its own, without seeds; the stage is spalign's own code with its part files. Needs vLLM: make setup ENGINE=vllm.
+process of its own: with vLLM's own sampling, without seeds, and with the sampler that spalign gives it, which shows what the stage adds to
+the very same work. The stage is spalign's own code with its part files and journals. Needs vLLM: make setup ENGINE=vllm.
 
-Last line: vllm_speedup (over generate), overhead (of the stage over raw vLLM), scoring_share (yes_no on both objectives, of the stage's
-sampling), prefix_reuse (share of the prompts' tokens that did not run, in sampling and in scoring), and tokens a second of each.
+Last line: vllm_speedup (over generate), overhead (of the stage over raw vLLM with the same sampler), overhead_own_sampling (over raw vLLM
+as it comes), scoring_share (yes_no on both objectives, of the stage's sampling), prefix_reuse (share of the prompts' tokens that did not
+run, in sampling and in scoring), and tokens a second of each.
 """
 
 from __future__ import annotations
@@ -57,9 +59,10 @@ def main() -> None:
     with RawVLLM(args.model, config, asked) as raw:
         stage = StageRounds(engine, prompts, constitution, config)
         stage.round(prompts[:8])  # warm-up
-        rates: dict[str, list[float]] = {"raw": [], "stage": []}
-        for _ in range(args.rounds):
-            rates["raw"].append(raw.round())
+        rates: dict[str, list[float]] = {"raw": [], "raw_own_sampling": [], "stage": []}
+        for n in range(args.rounds):
+            rates["raw"].append(raw.round("same", n))
+            rates["raw_own_sampling"].append(raw.round("own", n))
             rates["stage"].append(stage.round(prompts))
     reuse = engine.cached_tokens / engine.prompt_tokens
     scoring, reuse_scoring = score(engine, stage.groups, constitution)
@@ -69,10 +72,16 @@ def main() -> None:
     out = {
         "vllm_speedup": round(best["stage"] / plain, 2),
         "overhead": round(best["raw"] / best["stage"] - 1, 3),
+        "overhead_own_sampling": round(best["raw_own_sampling"] / best["stage"] - 1, 3),
         "scoring_share": round(scoring / stage.seconds, 3),
         "prefix_reuse": round(reuse, 3),
         "prefix_reuse_scoring": round(reuse_scoring, 3),
-        "tokens_per_second": {"generate": round(plain), "raw_vllm": round(best["raw"]), "sample_stage": round(best["stage"])},
+        "tokens_per_second": {
+            "generate": round(plain),
+            "raw_vllm": round(best["raw"]),
+            "raw_vllm_own_sampling": round(best["raw_own_sampling"]),
+            "sample_stage": round(best["stage"]),
+        },
         "rounds": {name: [round(v) for v in values] for name, values in rates.items()},
         "prompts": len(prompts),
         "samples": len(asked),
@@ -134,7 +143,6 @@ class RawVLLM:
         self._folder = tempfile.TemporaryDirectory()
         own = config.sample
         settings = _settings(resolve(model), config.engine)
-        del settings["logits_processors"]
         job = {"settings": settings, "ids": asked, "sampling": [own.temperature, own.top_p, own.max_new_tokens]}
         path = Path(self._folder.name) / "job.json"
         path.write_text(json.dumps(job))
@@ -156,9 +164,9 @@ class RawVLLM:
         self._process.communicate()
         self._folder.cleanup()
 
-    def round(self) -> float:
+    def round(self, sampler: str, number: int) -> float:
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
+        self._process.stdin.write(f"{sampler} {number}\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -173,20 +181,28 @@ class RawVLLM:
 def raw_process(path: Path) -> None:
     from vllm import LLM, SamplingParams
 
+    from spalign.engines.vllm_sampler import ARGUMENT
+
     job = json.loads(path.read_text())
     temperature, top_p, limit = job["sampling"]
     llm = LLM(**job["settings"])
     eos = json.loads(Path(job["settings"]["model"], "config.json").read_text())["eos_token_id"]
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=limit, stop_token_ids=[eos], detokenize=False)
+    alike = {"max_tokens": limit, "stop_token_ids": [eos], "detokenize": False}
+    own = SamplingParams(temperature=temperature, top_p=top_p, **alike)
 
-    def once(ids: list[list[int]]) -> float:
+    def seeded(seed: int) -> SamplingParams:
+        return SamplingParams(temperature=0, extra_args={ARGUMENT: [seed, temperature, top_p, limit]}, **alike)
+
+    def once(ids: list[list[int]], how: list[str]) -> float:
+        sampler, number = how
+        params = [own if sampler == "own" else seeded(int(number) * len(ids) + n) for n in range(len(ids))]
         began = time.perf_counter()
         made = llm.generate([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
         return sum(len(m.outputs[0].token_ids) for m in made) / (time.perf_counter() - began)
 
-    print("rate", once(job["ids"][:32]), flush=True)
-    while sys.stdin.readline():
-        print("rate", once(job["ids"]), flush=True)
+    print("rate", once(job["ids"][:32], ["same", "99"]), flush=True)
+    while line := sys.stdin.readline():
+        print("rate", once(job["ids"], line.split()), flush=True)
 
 
 @torch.inference_mode()

@@ -83,12 +83,17 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class PromptGroup:
-    """A prompt with its responses: candidates y^(1..n), the refined y~ and its placebo."""
+    """A prompt with its responses: candidates y^(1..n), the refined y~ and its placebo.
+
+    prompt_ids: the prompt under no system prompt with the assistant's turn opened, as tokens; what the responses are trained
+    after; empty where nobody has asked for it.
+    """
 
     prompt: Prompt
     candidates: tuple[Response, ...] = ()
     refined: Response | None = None
     placebo: Response | None = None
+    prompt_ids: tuple[int, ...] = ()
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
@@ -115,9 +120,33 @@ class PreferencePair:
         return f"{self.chosen.id}>{self.rejected.id}"
 
 
-def group_to_json(group: PromptGroup) -> dict[str, Any]:
+def response_to_json(r: Response) -> dict[str, Any]:
+    """A response as plain JSON; `response_from_json` is its inverse."""
+    return {
+        "id": r.id,
+        "text": r.text,
+        "token_ids": list(r.token_ids),
+        "finished": r.finished,
+        "system": r.system,
+        "scores": dict(r.scores),
+        "spreads": dict(r.spreads),
+    }
+
+
+def group_to_json(g: PromptGroup) -> dict[str, Any]:
     """A group as plain JSON; `group_from_json` is its inverse."""
-    return dataclasses.asdict(group)
+    return {
+        "prompt": {
+            "id": g.prompt.id,
+            "messages": [{"role": m.role, "content": m.content} for m in g.prompt.messages],
+            "topic": g.prompt.topic,
+            "intent": g.prompt.intent,
+        },
+        "prompt_ids": list(g.prompt_ids),
+        "candidates": [response_to_json(r) for r in g.candidates],
+        "refined": response_to_json(g.refined) if g.refined else None,
+        "placebo": response_to_json(g.placebo) if g.placebo else None,
+    }
 
 
 def prompt_from_json(row: Mapping[str, Any]) -> Prompt:
@@ -141,4 +170,5 @@ def group_from_json(row: Mapping[str, Any]) -> PromptGroup:
         candidates=tuple(r for r in map(response_from_json, row["candidates"]) if r),
         refined=response_from_json(row["refined"]),
         placebo=response_from_json(row["placebo"]),
+        prompt_ids=tuple(row.get("prompt_ids", ())),  # rows of earlier versions have none
     )

@@ -7,6 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spalign.errors import RunFolderError
-from spalign.store import RunFolder, Stage, clear_errors, digest, read_json, run_in_parts, versions, write_atomic, write_json
+from spalign.store import (
+    RunFolder,
+    Stage,
+    clear_errors,
+    decode_row,
+    digest,
+    read_json,
+    run_in_parts,
+    run_over_parts,
+    versions,
+    write_atomic,
+    write_json,
+)
+from spalign.store.stages import Alone
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
@@ -150,7 +165,7 @@ def test_an_error_without_a_number_is_not_a_disk_error():
 def test_a_stage_is_done_when_its_manifest_is_there(tmp_path):
     stage = stage_at(tmp_path)
     assert stage.manifest() is None
-    manifest = run_in_parts(stage, [1, 2, 3], 2, double, tokens=lambda: 0)
+    manifest = run_in_parts(stage, [1, 2, 3], 2, double)
     assert stage.manifest() == manifest
     assert manifest["items"] == 3
     assert manifest["inputs"] == {"seed": 0}
@@ -162,15 +177,16 @@ def test_a_stage_is_done_when_its_manifest_is_there(tmp_path):
 def test_the_manifest_names_every_part_with_its_sha256(tmp_path):
     stage = stage_at(tmp_path)
     manifest = run_in_parts(stage, [1], 1, double)
-    assert manifest["parts"] == {"part-00000.jsonl": hashlib.sha256(b'{"n": 2}\n').hexdigest()}
+    assert manifest["parts"] == {"part-00000.jsonl": hashlib.sha256(b'{"n":2}\n').hexdigest()}
 
 
 def test_the_manifest_is_written_last(tmp_path, monkeypatch):
     written = []
-    import spalign.store as store
+    from spalign.store import files, stages
 
-    real = store.write_atomic
-    monkeypatch.setattr(store, "write_atomic", lambda path, data: (written.append(path.name), real(path, data))[1])
+    real = write_atomic
+    for module in (files, stages):
+        monkeypatch.setattr(module, "write_atomic", lambda path, data: (written.append(path.name), real(path, data))[1])
     run_in_parts(stage_at(tmp_path), [1, 2], 1, double)
     assert written[-1] == "manifest.json"
     assert written.count("manifest.json") == 1
@@ -213,26 +229,27 @@ def test_a_part_in_the_middle_that_went_missing_is_done_again_alone(tmp_path):
 
 
 def test_seconds_and_tokens_add_up_over_sessions(tmp_path):
-    count = 0
+    class Counting(Alone):
+        tokens = 0
+
+    crew = Counting()
 
     def work(items):
-        nonlocal count
-        count += 10
+        crew.tokens += 10
         if 3 in items:
             raise KeyboardInterrupt
         return double(items)
 
     with pytest.raises(KeyboardInterrupt):
-        run_in_parts(stage_at(tmp_path), [1, 2, 3], 1, work, tokens=lambda: count)
+        run_in_parts(stage_at(tmp_path), [1, 2, 3], 1, work, crew=crew)
     assert stage_at(tmp_path).begin()["tokens"] == 20  # two finished parts; the third counts when it is done again
-    count = 0
+    crew = Counting()
 
     def rest(items):
-        nonlocal count
-        count += 7
+        crew.tokens += 7
         return double(items)
 
-    assert run_in_parts(stage_at(tmp_path), [1, 2, 3], 1, rest, tokens=lambda: count)["tokens"] == 27
+    assert run_in_parts(stage_at(tmp_path), [1, 2, 3], 1, rest, crew=crew)["tokens"] == 27
 
 
 def test_work_of_other_inputs_is_set_aside_never_deleted(tmp_path):
@@ -298,7 +315,7 @@ def test_a_second_process_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.open()
     try:
-        assert _open_elsewhere(tmp_path / "run") == "another process is working on this run"
+        assert _open_elsewhere(tmp_path / "run") == f"process {os.getpid()} on {socket.gethostname()} is working on this run"
     finally:
         folder.close()
     assert _open_elsewhere(tmp_path / "run") == "opened"
@@ -329,6 +346,100 @@ except RunFolderError as e:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def test_a_forked_child_does_not_hold_the_lock_when_its_parent_is_dead(tmp_path):
+    program = f"""
+import os, sys, time
+from pathlib import Path
+from spalign.store import RunFolder
+folder = RunFolder(Path({str(tmp_path)!r}))
+folder.open()
+if os.fork() == 0:
+    time.sleep(60)
+print("forked", flush=True)
+os._exit(9)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert parent.wait(timeout=60) == 9
+        assert _open_elsewhere(tmp_path) == "opened"
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.stdout.close()
+
+
+def test_who_held_the_lock_before_is_not_named(tmp_path):
+    (tmp_path / "run.lock").write_text("process 1 on a machine with a long name")
+    folder = RunFolder(tmp_path)
+    folder.open()
+    assert (tmp_path / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    folder.close()
+
+
+def test_a_hostile_lock_file_cannot_drive_the_terminal(tmp_path):
+    first = RunFolder(tmp_path)
+    first.open()
+    (tmp_path / "run.lock").write_bytes(b"\x1b[2J\xff" * 200)
+    with pytest.raises(RunFolderError) as e:
+        RunFolder(tmp_path).open()
+    assert "\x1b" not in str(e.value)
+    assert len(str(e.value)) < 1000
+    first.close()
+
+
+def test_parts_are_in_order_beyond_five_digits(tmp_path):
+    stage = stage_at(tmp_path)
+    stage.begin()
+    for number in (100_000, 99_999, 0):
+        stage.write_part(number, [{"n": number}])
+    stage.finish()
+    assert [r["n"] for r in stage.rows()] == [0, 99_999, 100_000]
+
+
+def test_over_parts_one_part_comes_from_one_part(tmp_path):
+    source, stage = stage_at(tmp_path), Stage(tmp_path / "2", {"from": 1})
+    run_in_parts(source, [1, 2, 3, 4, 5], 2, double)
+    seen = []
+
+    def work(items):
+        seen.append(list(items))
+        if 10 in items:
+            raise KeyboardInterrupt
+        return [{"n": n} for n in items]
+
+    def read(line):
+        return decode_row(line)["n"]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_over_parts(stage, source, read, work)
+    again = []
+    manifest = run_over_parts(stage, source, read, lambda items: (again.append(list(items)), [{"n": n} for n in items])[1])
+    assert (seen, again) == ([[2, 4], [6, 8], [10]], [[10]])
+    assert manifest["items"] == 5
+    assert list(stage.rows()) == list(source.rows())
+
+
+def test_a_full_disk_keeps_the_journal_to_its_last_whole_line(tmp_path):
+    with mounted(tmp_path / "small", "size=64k") as disk:
+
+        def fill(stage):
+            stage.begin()
+            with stage.recording(0) as journal:
+                for n in range(100):
+                    if journal.get(str(n)) is None:
+                        journal.append(str(n), {"text": "x" * 3000})
+                return len(journal._rows)
+
+        with pytest.raises(RunFolderError, match=r"journal-00000\.jsonl: No space left on device\n  fix: free some space"):
+            fill(stage_at(disk))
+        rows = [json.loads(line) for line in (disk / "1-sample/journal-00000.jsonl").read_bytes().splitlines()]
+        assert 10 <= len(rows) <= 21
+        assert [r["key"] for r in rows] == [str(n) for n in range(len(rows))]
+        subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
+        stage = stage_at(disk)
+        assert fill(stage) == len(rows)
+        assert stage.healed == 0
 
 
 def test_set_aside_keeps_every_old_run(tmp_path):

@@ -52,11 +52,18 @@ class PromptsConfig(Part):
         return {"source": default.source, **value} if isinstance(value, Mapping) else value
 
 
+_ALIKE = {"dtype", "device", "trust_remote_code"}
+"""What an engine's answers depend on, beside its kind."""
+
+_OF_RAY = ("worker", "workers", "worker_cpus", "worker_gpus", "address")
+
+
 class EngineConfig(Part):
     """How a model is run: here, or by a server that speaks the OpenAI protocol (docs/engines.md)."""
 
-    kind: Literal["transformers", "vllm", "openai"] = "transformers"
-    """transformers: any model, any score. vllm: faster, in a process of its own; no hidden states. openai: a model that a server runs."""
+    kind: Literal["transformers", "vllm", "openai", "ray"] = "transformers"
+    """transformers: any model, any score. vllm: faster, in a process of its own; no hidden states. openai: a model that a server runs.
+    ray: several of the first two side by side, on the nodes of a cluster."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""
     device: str = "auto"
@@ -78,6 +85,17 @@ class EngineConfig(Part):
     max_retries: Annotated[int, Field(ge=0)] = 6
     """openai: how often a request is tried again after 429, 408, 409, 5xx, a lost connection, or a reply that is none."""
 
+    worker: Literal["transformers", "vllm"] = "transformers"
+    """ray: how each worker runs the model."""
+    workers: PositiveInt | None = None
+    """ray: how many; default: one a GPU of the cluster, without GPUs one a node."""
+    worker_cpus: Annotated[float, Field(gt=0)] | None = None
+    """ray: CPUs that a worker takes; default: 1 beside a GPU, else its share of the cluster's."""
+    worker_gpus: Annotated[float, Field(ge=0)] | None = None
+    """ray: GPUs that a worker takes, or which share of one; default: 1, without GPUs 0."""
+    address: str | None = None
+    """ray: of the cluster; default: RAY_ADDRESS, else the one that this machine is part of, else one of this machine alone."""
+
     @property
     def served(self) -> bool:
         """Whether the model runs on a server, of which only the name is known here."""
@@ -85,12 +103,15 @@ class EngineConfig(Part):
 
     def matters(self) -> dict[str, Any]:
         """What results depend on, for a stage's digest: not how many at a time, nor where a server is and how patiently it is asked."""
-        return self.model_dump(include={"kind", "dtype", "device", "trust_remote_code"})
+        return {**self.model_dump(include=_ALIKE), "kind": self.worker if self.kind == "ray" else self.kind}
 
     def here(self) -> EngineConfig:
         """How a model that the run itself made is run: no server has it."""
-        kind = "transformers" if self.served else self.kind
-        return EngineConfig(kind=kind, **self.model_dump(include={"dtype", "device", "batch_size", "memory", "trust_remote_code"}))
+        return EngineConfig(kind="transformers", **self.model_dump(include={*_ALIKE, "batch_size", "memory"})) if self.served else self
+
+    def in_worker(self) -> EngineConfig:
+        """How a worker of kind ray runs the model."""
+        return EngineConfig(kind=self.worker, **self.model_dump(include={*_ALIKE, "batch_size", "memory"}))
 
     @field_validator("base_url")
     @classmethod
@@ -114,6 +135,9 @@ class EngineConfig(Part):
             raise ValueError("kind openai needs base_url, for example http://localhost:8000/v1")
         if not self.served and (self.base_url or self.tokenizer):
             raise ValueError(f"base_url and tokenizer are for a served model, and the kind is {self.kind}; set kind: openai")
+        given = [f for f in _OF_RAY if getattr(self, f) != type(self).model_fields[f].default]
+        if self.kind != "ray" and given:
+            raise ValueError(f"{', '.join(given)}: for kind ray, and the kind is {self.kind}; set kind: ray")
         return self
 
 

@@ -53,7 +53,7 @@ class RunConfig(Part):
     new_prompts: bool = False
     """Give every iteration its own share of the training prompts instead of the same ones."""
     shard_size: PositiveInt = 32
-    """Prompts a part file; a kill loses at most one part of a stage."""
+    """Prompts a part file. A kill loses the completions in flight, and of scores at most those of one part."""
     prompts: PromptsConfig = PromptsConfig()
     engine: EngineConfig = EngineConfig()
     sample: SampleConfig = SampleConfig()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
 
 from spalign.errors import EngineError
 from spalign.types import Message
@@ -101,6 +101,38 @@ class EngineFailed(EngineError):
 
 class NoTokenizer(EngineError):
     """The model's tokenizer is not here: a served model that only answers."""
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """An engine whose completions depend on what runs beside them in their last bits, and so now and then in a token."""
+
+    def batches(self, requests: Sequence[GenerateRequest]) -> list[list[tuple[GenerateRequest, int]]]:
+        """What `generate` runs together: (request, which of its seeds). `generate` of some batches' requests is those batches again."""
+        ...
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """An engine of several workers, each of which does a whole call as an engine by itself would do it."""
+
+    width: int
+    """So many calls, of as many threads, run at the same time."""
+
+    def close(self) -> None:
+        """Calls under way fail with EngineError."""
+        ...
+
+
+Generate = Callable[[Sequence[GenerateRequest]], Iterator[Completion]]
+
+
+def only(generate: Generate, requests: Sequence[GenerateRequest], wanted: Container[tuple[str, int]]) -> Iterator[Completion]:
+    """What an engine's `generate` gives of the completions that are `wanted`: (id of the request, which of its seeds)."""
+    asked = {r.id: [i for i in range(len(r.seeds)) if (r.id, i) in wanted] for r in requests}
+    some = [replace(r, seeds=tuple(r.seeds[i] for i in asked[r.id])) for r in requests if asked[r.id]]
+    for completion in generate(some) if some else ():
+        yield replace(completion, index=asked[completion.request_id][completion.index])
 
 
 def count_tokens(engine: Engine, messages: Sequence[Message]) -> int:

@@ -11,11 +11,20 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from spalign.config import EngineConfig
 from spalign.engines.attention import register
 from spalign.engines.models import resolve
+from spalign.engines.tokens import ChatTokens
 from spalign.errors import ModelError
 
 # on import it misses a kernel that has no backward pass and is not used here (`keep_backward`)
@@ -56,16 +65,39 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal[
         model = AutoModelForCausalLM.from_pretrained(
             where, **how, trust_remote_code=config.trust_remote_code, use_safetensors=True, attn_implementation=register()
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
-        raise ModelError(
-            f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}",
-            hint="check the name, your network and your access to the hub; or use a local folder",
-        ) from e
+    except _UNREADABLE as e:
+        raise _unreadable(name, e) from e
     if dtype == "nf4":  # it is where it belongs
         keep_backward(model)
         return model, tokenizer
     with _device_errors(name, config):
         return model.to(device_of(config)), tokenizer
+
+
+def load_tokens(name: str, config: EngineConfig) -> tuple[ChatTokens, int | None]:
+    """Of a model that another process runs: its tokens, and the longest sequence it is made for (None: not told). Raises ModelError."""
+    where = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        shape = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        try:
+            own = GenerationConfig.from_pretrained(where)
+        except OSError:
+            own = GenerationConfig.from_model_config(shape)
+    except _UNREADABLE as e:
+        raise _unreadable(name, e) from e
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    return ChatTokens(tokenizer, ends), getattr(shape.get_text_config(), "max_position_embeddings", None)
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+
+
+def _unreadable(name: str, e: Exception) -> ModelError:
+    return ModelError(
+        f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}",
+        hint="check the name, your network and your access to the hub; or use a local folder",
+    )
 
 
 @contextlib.contextmanager

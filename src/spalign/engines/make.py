@@ -22,6 +22,10 @@ def load_engine(name: str, config: EngineConfig) -> Engine:
 
         base, adapter = adapter_of(name)
         return VLLMEngine(base, config, adapter=adapter)
+    if config.kind == "ray":
+        from spalign.engines.ray import load_ray
+
+        return load_ray(name, config)
     from spalign.engines.transformers import TransformersEngine
 
     return TransformersEngine.load(name, config)

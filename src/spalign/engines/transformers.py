@@ -49,10 +49,17 @@ class TransformersEngine(TokenEngine):
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
+        for batch in self._batches(requests):
+            yield from self._generate_batch(batch)
+
+    def batches(self, requests: Sequence[GenerateRequest]) -> list[list[tuple[GenerateRequest, int]]]:
+        return [[(request, i) for _, request, i in batch] for batch in self._batches(requests)]
+
+    def _batches(self, requests: Sequence[GenerateRequest]) -> list[list[tuple[list[int], GenerateRequest, int]]]:
+        """(tokens of the prompt, request, which of its seeds) by length, some at a time."""
         work = self._work(requests)
         work.sort(key=lambda w: (w[1].sampling.max_new_tokens, len(w[0]), w[1].id, w[2]))
-        for start in range(0, len(work), self.batch_size):
-            yield from self._generate_batch(work[start : start + self.batch_size])
+        return [work[start : start + self.batch_size] for start in range(0, len(work), self.batch_size)]
 
     def _generate_batch(self, work: list[tuple[list[int], GenerateRequest, int]]) -> Iterator[Completion]:
         rows = list(range(len(work)))  # row of the batch -> index into `work`

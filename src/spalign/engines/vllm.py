@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from spalign.config import EngineConfig
 from spalign.engines.base import Ask, Capability, Completion, GenerateRequest
-from spalign.engines.loading import device_of, inference_dtype
+from spalign.engines.loading import device_of, inference_dtype, load_tokens
 from spalign.engines.models import resolve
 from spalign.engines.prefix_tree import Tokens
-from spalign.engines.tokens import ChatTokens, TokenEngine
+from spalign.engines.tokens import TokenEngine
 from spalign.engines.vllm_process import Done, Failed, Job, Ready
-from spalign.errors import ConfigError, EngineError, ModelError
+from spalign.errors import ConfigError, EngineError
 from spalign.text import printable, shorten
 
 _KV_GIB = 4.0  # for keys and values on a CPU
@@ -71,19 +70,9 @@ class VLLMEngine(TokenEngine):
         """
         check_vllm(config)
         where = resolve(name)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
-            shape = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError) as e:
-            raise ModelError(
-                f"model '{name}' cannot be loaded: {str(e).splitlines()[0]}",
-                hint="check the name, your network and your access to the hub; or use a local folder",
-            ) from e
-        self.tokens = ChatTokens(tokenizer, _ends(where, shape))
+        self.tokens, limit = load_tokens(name, config)
         self._process = _Process(_settings(where, config) | _lora(adapter), _environment(config))
-        self._window = self._process.window
-        if limit := getattr(shape.get_text_config(), "max_position_embeddings", None):
-            self._window = min(self._window, int(limit))
+        self._window = min(self._process.window, limit or self._process.window)
         self.prompt_tokens = self.cached_tokens = 0
 
     def close(self) -> None:
@@ -133,14 +122,6 @@ class VLLMEngine(TokenEngine):
             self.prompt_tokens += len(jobs[done.number].ids)
             self.cached_tokens += done.cached
             yield done
-
-
-def _ends(where: str, shape: Any) -> list[int | None]:
-    try:
-        own = GenerationConfig.from_pretrained(where)
-    except OSError:
-        own = GenerationConfig.from_model_config(shape)
-    return own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
 
 
 def _settings(where: str, config: EngineConfig) -> dict[str, Any]:

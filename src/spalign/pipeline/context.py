@@ -3,52 +3,111 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
 
 from spalign.config import RunConfig
 from spalign.constitution import Constitution, Objective
-from spalign.engines.base import Ask, Completion, Engine, GenerateRequest, count_tokens
+from spalign.engines.base import Ask, Batching, Completion, Engine, GenerateRequest, Pool, count_tokens, only
 from spalign.errors import PromptError
 from spalign.report import Progress
 from spalign.report.progress import Tick
-from spalign.store import RunFolder, Stage
+from spalign.store import Journal, RunFolder, Stage, digest
 from spalign.types import Message, Prompt
 
 EngineFactory = Callable[[str], Engine]
 
 
-class MeteredEngine:
-    """An engine that counts the tokens it generates and tells a progress bar; `inner` is the engine as it is."""
+def recorded(engine: Engine, model: str, requests: Sequence[GenerateRequest], journal: Journal) -> Iterator[Completion]:
+    """The completions of `requests`: those that the journal holds, and those that `engine` gives, written before they are handed on.
 
-    def __init__(self, engine: Engine) -> None:
-        self.inner = engine
+    A completion goes by model (its digest), messages, seed and sampling: what else is asked for beside it does not matter. But where it
+    does in the last bits, a batch of which something is missing runs as it would have run without the interruption.
+    """
+    what = {r.id: digest([model, [(m.role, m.content) for m in r.messages], astuple(r.sampling)]) for r in requests}
+    each = [[(r, i)] for r in requests for i in range(len(r.seeds))]
+    missing, again = set[tuple[str, int]](), set[tuple[str, int]]()
+    for batch in engine.batches(requests) if isinstance(engine, Batching) else each:
+        rows = [journal.get(f"{what[r.id]}-{r.seeds[i]}") for r, i in batch]
+        lacks = {(r.id, i) for (r, i), row in zip(batch, rows, strict=True) if row is None}
+        missing |= lacks
+        again |= {(r.id, i) for r, i in batch} if lacks else set()
+        for (request, i), row in zip(batch, rows, strict=True):
+            if row is not None:
+                yield Completion(request.id, i, row["text"], tuple(row["token_ids"]), row["finished"])
+    seeds = {r.id: r.seeds for r in requests}
+    for completion in only(engine.generate, requests, again):
+        name, i = completion.request_id, completion.index
+        if (name, i) in missing:
+            facts = {"text": completion.text, "token_ids": completion.token_ids, "finished": completion.finished}
+            journal.append(f"{what[name]}-{seeds[name][i]}", facts)
+            yield completion
+
+
+class MeteredEngine:
+    """An engine that counts the tokens it generates and tells a progress bar; `inner` is the engine as it is.
+
+    model: its digest. stage: where it works: completions that stand in its journal are not generated again, and every new one is written
+    there before it is handed on. Several threads may call it; an engine that is no pool has one call at a time.
+    """
+
+    def __init__(self, engine: Engine, model: str, stage: Stage | None = None, turn: threading.RLock | None = None) -> None:
+        self.inner, self.model, self.stage = engine, model, stage
         self.name, self.capabilities = engine.name, engine.capabilities
-        self.tokens = 0
         self.tick: Tick = lambda _: None
+        self._turn = turn or threading.RLock()
+        self._count = threading.local()
+
+    def of_stage(self, stage: Stage) -> MeteredEngine:
+        """The same engine for another purpose, counted apart."""
+        return MeteredEngine(self.inner, self.model, stage, self._turn)
+
+    @property
+    def tokens(self) -> int:
+        """Generated for the calling thread."""
+        return getattr(self._count, "tokens", 0)
+
+    @property
+    def width(self) -> int:
+        """How many threads' calls run at the same time."""
+        return self.inner.width if isinstance(self.inner, Pool) else 1
+
+    def stop(self) -> None:
+        """Calls under way fail, where others than this thread's can be."""
+        if isinstance(self.inner, Pool):
+            self.inner.close()
+
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if isinstance(self.inner, Pool) else self._turn
 
     @property
     def window(self) -> int:
         return self.inner.window
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
-        for completion in self.inner.generate(requests):
-            self.tokens += len(completion.token_ids)
-            self.tick(1)
-            yield completion
+        journal = self.stage.journal if self.stage else None
+        with self._alone():
+            for completion in self.inner.generate(requests) if journal is None else recorded(self.inner, self.model, requests, journal):
+                self._count.tokens = self.tokens + len(completion.token_ids)
+                self.tick(1)
+                yield completion
 
     def choice_logprobs(self, asks: Sequence[Ask], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
-        return self.inner.choice_logprobs(asks, choices)
+        with self._alone():
+            return self.inner.choice_logprobs(asks, choices)
 
     def loglikelihood(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...] | None]:
-        return self.inner.loglikelihood(requests)
+        with self._alone():
+            return self.inner.loglikelihood(requests)
 
     def representations(
         self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], depths: Sequence[float]
     ) -> list[tuple[float, ...] | None]:
-        return self.inner.representations(requests, depths)
+        with self._alone():
+            return self.inner.representations(requests, depths)
 
     def check_choices(self, choices: Sequence[str], *, chat: bool = False) -> None:
         self.inner.check_choices(choices, chat=chat)
@@ -70,12 +129,18 @@ class Policy:
         self.name, self.digest, self._factory, self.served = name, digest, factory, served
         self.weights = weights or (None if served else name)
         self._engine: MeteredEngine | None = None
+        self._loading = threading.Lock()
 
     @property
     def engine(self) -> MeteredEngine:
-        if self._engine is None:
-            self._engine = MeteredEngine(self._factory(self.name))
-        return self._engine
+        with self._loading:
+            if self._engine is None:
+                self._engine = MeteredEngine(self._factory(self.name), self.digest)
+            return self._engine
+
+    def scoring(self, stage: Stage) -> MeteredEngine:
+        """The engine for scores, which are counted by responses instead of tokens; what it writes goes into the stage's journal."""
+        return self.engine.of_stage(stage)
 
     def free(self) -> None:
         """Give the memory back; the next use loads again. A served model has none here."""
@@ -136,12 +201,8 @@ class Context:
                 )
 
     @contextlib.contextmanager
-    def metered(self, policy: Policy, name: str, total: int, unit: str) -> Iterator[MeteredEngine]:
-        """The policy's engine with a progress bar of `total` completions and scores."""
-        engine = policy.engine
-        with self.ui.stage(name, total, unit) as tick:
-            engine.tick = tick
-            try:
-                yield engine
-            finally:
-                engine.tick = lambda _: None
+    def metered(self, policy: Policy, name: str, total: int, unit: str, stage: Stage) -> Iterator[MeteredEngine]:
+        """The policy's engine with a progress bar of `total` completions and scores, and with the stage's journal."""
+        engine = policy.engine.of_stage(stage)
+        with self.ui.stage(name, total, unit) as engine.tick:
+            yield engine

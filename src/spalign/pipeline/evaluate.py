@@ -40,14 +40,14 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judging: Judging, 
         if policy is not judge:
             judge.free()
         run.check_fit(policy, run.heldout_prompts)
-        with run.metered(policy, f"evaluation {when}: sample", len(run.heldout_prompts) * settings.n, "responses") as engine:
+        with run.metered(policy, f"evaluation {when}: sample", len(run.heldout_prompts) * settings.n, "responses", answered) as engine:
 
             def work(shard: Sequence[Prompt]) -> list[Row]:
                 return [
                     group_to_json(g) for g in sample(engine, shard, run.constitution.bare(), settings, seed=config.seed, purpose="heldout")
                 ]
 
-            return run_in_parts(answered, run.heldout_prompts, config.shard_size, work, tokens=lambda: engine.tokens)
+            return run_in_parts(answered, run.heldout_prompts, config.shard_size, work, crew=engine)
 
     def score() -> dict[str, Any]:
         if policy is not judge:
@@ -55,15 +55,15 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judging: Judging, 
         judgements = judging.judgements()
         rivals_of = {g.prompt.id: g.candidates for g in groups_of(against)}
         groups = groups_of(answered)
-        with run.metered(judge, f"evaluation {when}: judge", sum(len(g.candidates) for g in groups), "responses") as engine:
+        with run.metered(judge, f"evaluation {when}: judge", sum(len(g.candidates) for g in groups), "responses", judged) as engine:
 
             def work(shard: Sequence[PromptGroup]) -> list[Row]:
                 cases = [Case(g.prompt, r, rivals_of[g.prompt.id]) for g in shard for r in g.candidates]
-                scored = {r.id: r for r in score_responses(engine.inner, cases, judging.objectives, judgements)}
+                scored = {r.id: r for r in score_responses(judge.scoring(judged), cases, judging.objectives, judgements)}
                 engine.tick(len(cases))
                 return [group_to_json(g.replace(candidates=tuple(scored[r.id] for r in g.candidates))) for g in shard]
 
-            return run_in_parts(judged, groups, config.shard_size, work)
+            return run_in_parts(judged, groups, config.shard_size, work, crew=engine)
 
     return [Step(f"evaluation-{when}-sample", answered, answer), Step(f"evaluation-{when}-judge", judged, score)]
 

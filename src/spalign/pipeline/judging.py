@@ -208,8 +208,8 @@ def _check(
             rows = _valid((read_json(cached) or {}).get("rows"), open_)
     fresh = rows is None
     if rows is None:
-        with run.metered(judging.judge, f"{base} judge-check", len(labelled), "answers") as engine:
-            rows = check_rows(engine.inner, open_, labelled, own, tick=engine.tick)
+        with run.metered(judging.judge, f"{base} judge-check", len(labelled), "answers", stage) as engine:
+            rows = check_rows(judging.judge.scoring(stage), open_, labelled, own, tick=engine.tick)
         if shares:
             with contextlib.suppress(OSError, SpalignError):  # a cache that cannot be written costs time, nothing else
                 cached.parent.mkdir(parents=True, exist_ok=True)

@@ -8,17 +8,20 @@ from spalign.preference.denoise import (
     denoise,
     dominates,
     hopeless,
+    passes,
     resolve_tau,
+    unstable,
     usable,
     usable_candidates,
 )
 from spalign.preference.order import best, is_scored, level, levels, met
-from spalign.preference.pairs import Selection, make_pairs, select_pairs, weights
+from spalign.preference.pairs import Selection, capped, longer, make_pairs, pair_places, places_of, select_pairs, unbalanced, weights
 
 __all__ = [
     "Selection",
     "Verdict",
     "best",
+    "capped",
     "check",
     "consistent_yield",
     "covariance_det",
@@ -28,10 +31,16 @@ __all__ = [
     "is_scored",
     "level",
     "levels",
+    "longer",
     "make_pairs",
     "met",
+    "pair_places",
+    "passes",
+    "places_of",
     "resolve_tau",
     "select_pairs",
+    "unbalanced",
+    "unstable",
     "usable",
     "usable_candidates",
     "weights",

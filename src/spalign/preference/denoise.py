@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import mul
 from typing import Literal
 
 from spalign.config import DenoiseConfig
@@ -23,12 +24,14 @@ class Verdict:
 
     reason: why it is dropped (None: kept); detail: the same in words and numbers.
     det: det(Sigma) of its candidates, in units of scale^(2k); None where the group left before it could be taken.
+    consistent: whether the refined response passes the consistency rule; None where the group left before that could be tested.
     """
 
     group: PromptGroup
     reason: DropReason | None
     det: float | None
     detail: str
+    consistent: bool | None = None
 
     @property
     def kept(self) -> bool:
@@ -46,18 +49,20 @@ def check(group: PromptGroup, objectives: Sequence[Objective], config: DenoiseCo
     """The verdict on one group under a known tau (None: no upper bound). The first thing that fails gives the reason."""
     if group.refined is None and (lost := hopeless(group, objectives)):
         if lost[0] is DropReason.UNINFORMATIVE:  # top marks for all say more than that they are equal
-            lost = _ceiling(usable_candidates(group, objectives), objectives, config.consistency) or lost
+            candidates = usable_candidates(group, objectives)
+            lost = _ceiling([(o, _levels(candidates, o)) for o in objectives], config.consistency) or lost
         return Verdict(group, lost[0], None, lost[1])
-    if problem := _incomplete(group) or _unscored(group, objectives):
+    candidates = usable_candidates(group, objectives)
+    if problem := _incomplete(group) or _unscored(group, candidates, objectives):
         return Verdict(group, problem[0], None, problem[1])
     assert group.refined is not None  # or it would be incomplete
-    candidates = usable_candidates(group, objectives)
     det = covariance_det([[score_of(c, o) for o in objectives] for c in candidates], ddof=config.ddof, scale=config.scale)
     problem = _inconsistent(group.refined, candidates, objectives, config.consistency)
-    if not problem and det == 0:
+    consistent = problem is None
+    if consistent and det == 0:
         problem = _uninformative(candidates, objectives)
     reason, detail = problem or (None, "")
-    return _bounded(Verdict(group, reason, det, detail), tau)
+    return _bounded(Verdict(group, reason, det, detail, consistent), tau)
 
 
 def hopeless(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
@@ -65,16 +70,20 @@ def hopeless(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | N
 
     Refinement is spared such a group: too few usable candidates, or det(Sigma) = 0.
     """
-    if problem := _too_few(group) or _too_few_scored(group, objectives):
-        return problem
     candidates = usable_candidates(group, objectives)
+    if problem := _too_few(group) or _too_few_scored(group, candidates):
+        return problem
     det = covariance_det([[score_of(c, o) for o in objectives] for c in candidates], ddof=0, scale=SCORE_MAX)
     return _uninformative(candidates, objectives) if det == 0 else None
 
 
 def usable(responses: Iterable[Response | None], objectives: Sequence[Objective]) -> tuple[Response, ...]:
     """Those that may be compared and trained on: there, finished, not blank, scored on every objective."""
-    return tuple(r for r in responses if r is not None and _complete(r) and is_scored(r, objectives))
+    return tuple(r for r in responses if r is not None and is_usable(r, objectives))
+
+
+def is_usable(response: Response, objectives: Sequence[Objective]) -> bool:
+    return _complete(response) and is_scored(response, objectives)
 
 
 def usable_candidates(group: PromptGroup, objectives: Sequence[Objective]) -> tuple[Response, ...]:
@@ -88,11 +97,11 @@ def dominates(refined: Response, candidates: Sequence[Response], objectives: Seq
     Levels are compared; a threshold that the refined response meets asks for nothing more. Without thresholds and
     resolutions, `strict` is the paper's rule: s~ > max_i s^(i) on every axis. At least one candidate is needed.
     """
-    return all(_passes(score_of(refined, o), candidates, o, consistency) for o in objectives)
+    return all(_reaches(score_of(refined, o), _levels(candidates, o), o, consistency) for o in objectives)
 
 
 def consistent_yield(
-    groups: Sequence[PromptGroup],
+    groups: Iterable[PromptGroup],
     objectives: Sequence[Objective],
     config: DenoiseConfig,
     *,
@@ -102,13 +111,17 @@ def consistent_yield(
 
     Tested are those in which it is usable and has at least two usable candidates to be compared with.
     """
-    passed = [
-        dominates(response, candidates, objectives, config.consistency)
-        for group in groups
-        for response in usable([group.refined if of == "refined" else group.placebo], objectives)
-        if len(candidates := usable_candidates(group, objectives)) >= 2
-    ]
-    return sum(passed), len(passed)
+    verdicts = [passes(getattr(g, of), usable_candidates(g, objectives), objectives, config.consistency) for g in groups]
+    return sum(v is True for v in verdicts), sum(v is not None for v in verdicts)
+
+
+def passes(
+    response: Response | None, candidates: Sequence[Response], objectives: Sequence[Objective], consistency: Consistency
+) -> bool | None:
+    """Whether a refined response or placebo passes the consistency rule; None where that cannot be tested. candidates: the usable ones."""
+    if response is None or len(candidates) < 2 or not is_usable(response, objectives):
+        return None
+    return dominates(response, candidates, objectives, consistency)
 
 
 def covariance_det(rows: Sequence[Sequence[float]], *, ddof: int, scale: float) -> float:
@@ -122,11 +135,16 @@ def covariance_det(rows: Sequence[Sequence[float]], *, ddof: int, scale: float) 
     n, k = len(rows), len(rows[0]) if rows else 0
     if n < ddof + 1:
         return 0.0
-    ratios = [[x.as_integer_ratio() for x in row] for row in rows]
-    unit = max(den for row in ratios for _, den in row)  # denominators are powers of two: the greatest is common to all
-    columns = list(zip(*[[num * (unit // den) for num, den in row] for row in ratios], strict=True))
-    # n S - s s^T = n (n - ddof) unit^2 Sigma
-    scatter = [[n * sum(x * y for x, y in zip(a, b, strict=True)) - sum(a) * sum(b) for b in columns] for a in columns]
+    ratios = [x.as_integer_ratio() for row in rows for x in row]
+    unit = max([den for _, den in ratios])  # denominators are powers of two: the greatest is common to all
+    scaled = [num * (unit // den) for num, den in ratios]
+    columns = [scaled[i::k] for i in range(k)]
+    sums = [sum(column) for column in columns]
+    # n S - s s^T = n (n - ddof) unit^2 Sigma, which is symmetric
+    scatter = [[0] * k for _ in range(k)]
+    for i in range(k):
+        for j in range(i + 1):
+            scatter[i][j] = scatter[j][i] = n * sum(map(mul, columns[i], columns[j])) - sums[i] * sums[j]
     variances = math.prod(scatter[i][i] for i in range(k))
     det = _gram_det(scatter)
     if unit > 1 and det * 10**12 <= variances:
@@ -165,14 +183,18 @@ def _complete(response: Response) -> bool:
     return response.finished and bool(response.text.strip())
 
 
-def _passes(score: float, candidates: Sequence[Response], objective: Objective, consistency: Consistency) -> bool:
-    """The consistency rule for a refined response with this score, on one objective."""
+def _levels(candidates: Sequence[Response], objective: Objective) -> list[float]:
+    return [level(score_of(c, objective), objective) for c in candidates]
+
+
+def _reaches(score: float, theirs: Sequence[float], objective: Objective, consistency: Consistency) -> bool:
+    """The consistency rule for a refined response with this score, on one objective. theirs: the candidates' levels."""
     if met(score, objective):
         return True
-    mine, theirs = level(score, objective), [level(score_of(c, objective), objective) for c in candidates]
+    mine = level(score, objective)
     if consistency == "strict":
         return mine > max(theirs)
-    return math.fsum(mine - x for x in theirs) > SLACK * len(theirs)
+    return math.fsum([mine - x for x in theirs]) > SLACK * len(theirs)
 
 
 def _incomplete(group: PromptGroup) -> Problem | None:
@@ -191,15 +213,16 @@ def _too_few(group: PromptGroup) -> Problem | None:
     return None
 
 
-def _unscored(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
+def _unscored(group: PromptGroup, candidates: Sequence[Response], objectives: Sequence[Objective]) -> Problem | None:
     if not usable([group.refined], objectives):
         return DropReason.UNSCORED, "the refined response lacks a score"
-    return _too_few_scored(group, objectives)
+    return _too_few_scored(group, candidates)
 
 
-def _too_few_scored(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
-    if (scored := len(usable_candidates(group, objectives))) < 2:
-        return DropReason.UNSCORED, f"{scored} of {len(group.candidates)} candidates are usable and scored; two are needed"
+def _too_few_scored(group: PromptGroup, candidates: Sequence[Response]) -> Problem | None:
+    """candidates: the usable ones."""
+    if len(candidates) < 2:
+        return DropReason.UNSCORED, f"{len(candidates)} of {len(group.candidates)} candidates are usable and scored; two are needed"
     return None
 
 
@@ -211,24 +234,33 @@ def _inconsistent(
     refined: Response, candidates: Sequence[Response], objectives: Sequence[Objective], consistency: Consistency
 ) -> Problem | None:
     """CEILING where not even SCORE_MAX would have passed on some objective: the scale is at fault, not the refined response."""
-    failed = [o for o in objectives if not _passes(score_of(refined, o), candidates, o, consistency)]
+    bars = [(o, _levels(candidates, o)) for o in objectives]
+    failed = [(o, theirs) for o, theirs in bars if not _reaches(score_of(refined, o), theirs, o, consistency)]
     if not failed:
         return None
-    names = ", ".join(o.name for o in failed)
-    return _ceiling(candidates, failed, consistency) or (
+    names = ", ".join(o.name for o, _ in failed)
+    return _ceiling(failed, consistency) or (
         DropReason.NOT_DOMINATING,
         f"{names}: not above the candidates' {_BAR[consistency]}",
     )
 
 
-def _ceiling(candidates: Sequence[Response], objectives: Sequence[Objective], consistency: Consistency) -> Problem | None:
-    for o in objectives:
-        if not _passes(SCORE_MAX, candidates, o, consistency):
+def _ceiling(bars: Sequence[tuple[Objective, Sequence[float]]], consistency: Consistency) -> Problem | None:
+    """bars: objectives, each with the candidates' levels."""
+    for o, theirs in bars:
+        if not _reaches(SCORE_MAX, theirs, o, consistency):
             return DropReason.CEILING, f"{o.name}: the candidates' {_BAR[consistency]} is at the top of the scale"
     return None
 
 
 def _bounded(verdict: Verdict, tau: float | None) -> Verdict:
-    if verdict.kept and verdict.det is not None and tau is not None and verdict.det > tau:
-        return Verdict(verdict.group, DropReason.UNSTABLE, verdict.det, f"det(Sigma) = {verdict.det:g} > tau = {tau:g}")
+    if verdict.kept and (problem := unstable(verdict.det, tau)):
+        return replace(verdict, reason=problem[0], detail=problem[1])
     return verdict
+
+
+def unstable(det: float | None, tau: float | None) -> Problem | None:
+    """Why a consistent group's det(Sigma) is too great under tau; None where it is not."""
+    if det is not None and tau is not None and det > tau:
+        return DropReason.UNSTABLE, f"det(Sigma) = {det:g} > tau = {tau:g}"
+    return None

@@ -34,10 +34,10 @@ def met(score: float, objective: Objective) -> bool:
 
 def level(score: float, objective: Objective) -> float:
     """What the order sees of a score, in score points: capped at the threshold; below it, the floor of its bin."""
-    top = threshold(objective)
-    if score >= top or objective.resolution is None:
-        return min(score, top)
-    return min(math.floor(score / objective.resolution + SLACK) * objective.resolution, top)
+    top, width = threshold(objective), objective.resolution
+    if score >= top:
+        return top
+    return score if width is None else min(math.floor(score / width + SLACK) * width, top)
 
 
 def levels(response: Response, objectives: Sequence[Objective]) -> tuple[float, ...]:
@@ -61,8 +61,11 @@ def score_of(response: Response, objective: Objective) -> float:
 
 def is_scored(response: Response, objectives: Sequence[Objective]) -> bool:
     """Whether every objective has a (finite) score."""
-    scores = [response.scores.get(o.name) for o in objectives]
-    return all(s is not None and math.isfinite(s) for s in scores)
+    for o in objectives:
+        score = response.scores.get(o.name)
+        if score is None or not math.isfinite(score):
+            return False
+    return True
 
 
 def best(responses: Iterable[Response], objectives: Sequence[Objective]) -> Response:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations
+from operator import sub
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spalign.config import PairsConfig
 from spalign.constitution import Objective
 from spalign.errors import DataError
-from spalign.preference.denoise import usable
+from spalign.preference.denoise import is_usable
 from spalign.preference.order import SLACK, levels
-from spalign.types import PreferencePair, Prompt, PromptGroup, Response
+from spalign.types import PreferencePair, PromptGroup, Response
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,34 +31,50 @@ class Selection:
     unbalanced: int
 
 
+class Place(NamedTuple):
+    """A pair by its places: `chosen` and `rejected` among the responses of its group, `decided_by` among the objectives."""
+
+    chosen: int
+    rejected: int
+    margin: float
+    gap: float
+    decided_by: int
+
+
 def make_pairs(group: PromptGroup, objectives: Sequence[Objective], config: PairsConfig) -> list[PreferencePair]:
     """All (x, y, y-) of Eq. 2 over Y = usable candidates + refined: y lexicographically greater, margin at least delta.
 
     G is the level (spalign.preference.order), so margin and gap are in score points. Of responses with the same tokens the
     first by id stands. Greatest margin first.
     """
-    distinct: dict[tuple[int, ...], Response] = {}
-    for response in sorted(usable((*group.candidates, group.refined), objectives), key=lambda r: r.id):
-        distinct.setdefault(response.token_ids, response)
-    pairs = (_pair(group.prompt, chosen, rejected, objectives) for chosen, rejected in permutations(distinct.values(), 2))
-    return sorted((p for p in pairs if p and p.margin >= config.delta - SLACK), key=_rank)
+    responses = [r for r in (*group.candidates, group.refined) if r is not None]
+    places = pair_places(responses, [r.token_ids for r in responses], objectives, config)
+    return [
+        PreferencePair(group.prompt, responses[p.chosen], responses[p.rejected], p.margin, p.gap, objectives[p.decided_by].name)
+        for p in places
+    ]
 
 
-def _pair(prompt: Prompt, chosen: Response, rejected: Response, objectives: Sequence[Objective]) -> PreferencePair | None:
-    """The pair, or None where `chosen` is not lexicographically greater."""
-    up, down = levels(chosen, objectives), levels(rejected, objectives)
-    if up <= down:
-        return None
-    differences = [a - b for a, b in zip(up, down, strict=True)]
-    gap = abs(math.fsum(differences))
-    return PreferencePair(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        margin=math.fsum(map(abs, differences)),
-        gap=gap if gap > SLACK else 0.0,
-        decided_by=next(o.name for o, d in zip(objectives, differences, strict=True) if d),
-    )
+def pair_places(
+    responses: Sequence[Response], tokens: Sequence[Hashable], objectives: Sequence[Objective], config: PairsConfig
+) -> list[Place]:
+    """`make_pairs` for one group's responses, whose texts and tokens nobody looks at but for `tokens`, equal where they are."""
+    distinct: dict[Hashable, int] = {}
+    for i in sorted(range(len(responses)), key=lambda i: responses[i].id):
+        if is_usable(responses[i], objectives):
+            distinct.setdefault(tokens[i], i)
+    by_level = sorted([(levels(responses[i], objectives), i) for i in distinct.values()], reverse=True)
+    places, least = [], config.delta - SLACK
+    for (up, chosen), (down, rejected) in combinations(by_level, 2):
+        if up == down:
+            continue
+        differences = list(map(sub, up, down))
+        margin = math.fsum(map(abs, differences))
+        if margin >= least:
+            gap = abs(math.fsum(differences))
+            decided_by = 0 if differences[0] else next(k for k, d in enumerate(differences) if d)
+            places.append(Place(chosen, rejected, margin, gap if gap > SLACK else 0.0, decided_by))
+    return sorted(places, key=lambda p: (-p.margin, responses[p.chosen].id, responses[p.rejected].id))
 
 
 def select_pairs(pairs_by_group: Sequence[Sequence[PreferencePair]], config: PairsConfig) -> Selection:
@@ -60,10 +82,20 @@ def select_pairs(pairs_by_group: Sequence[Sequence[PreferencePair]], config: Pai
 
     Groups stay in order, pairs go by margin. No group loses its last pair: length never drops a prompt.
     """
-    capped = [_capped(pairs, config.max_per_prompt, config.balance_length) for pairs in pairs_by_group]
-    kept = _balanced(capped) if config.balance_length else capped
-    given, after_cap, after_balance = (sum(map(len, groups)) for groups in (pairs_by_group, capped, kept))
-    return Selection(kept, capped=given - after_cap, unbalanced=after_cap - after_balance)
+    groups = [sorted(pairs, key=_rank) for pairs in pairs_by_group]
+    kept = [[pairs[i] for i in capped(list(map(_longer, pairs)), config)] for pairs in groups]
+    given, after_cap = sum(map(len, groups)), sum(map(len, kept))
+    if config.balance_length and after_cap:
+        flat = [p for pairs in kept for p in pairs]
+        goes = unbalanced(
+            [p.margin for p in flat],
+            places_of([(p.prompt.id, p.chosen.id, p.rejected.id) for p in flat]),
+            [_longer(p) for p in flat],
+            [len(pairs) for pairs in kept],
+        )
+        stays = iter(~goes)
+        kept = [[p for p in pairs if next(stays)] for pairs in kept]
+    return Selection(kept, capped=given - after_cap, unbalanced=after_cap - sum(map(len, kept)))
 
 
 def weights(gaps: Sequence[float], alpha: float) -> list[float]:
@@ -87,36 +119,62 @@ def _rank(pair: PreferencePair) -> tuple[float, str, str, str]:
 
 
 def _longer(pair: PreferencePair) -> int:
+    return longer(len(pair.chosen.token_ids), len(pair.rejected.token_ids))
+
+
+def longer(won: int, lost: int) -> int:
     """1: the winner has more tokens than the loser; -1: fewer; 0: as many."""
-    won, lost = len(pair.chosen.token_ids), len(pair.rejected.token_ids)
     return (won > lost) - (won < lost)
 
 
-def _capped(pairs: Sequence[PreferencePair], most: int | None, balance: bool) -> list[PreferencePair]:
-    """The best `most` pairs; with balance, shorter and longer winners take turns and equal ones stand in for the kind that lacks."""
-    ranked = sorted(pairs, key=_rank)
-    if most is None or len(ranked) <= most:
-        return ranked
-    if not balance:
-        return ranked[:most]
-    queues = {kind: deque(p for p in ranked if _longer(p) == kind) for kind in (-1, 0, 1)}
-    turn = next((kind for kind in map(_longer, ranked) if kind), 1)  # the kind with the greatest margin begins
+def capped(longer: Sequence[int], config: PairsConfig) -> list[int]:
+    """Which of a group's pairs stay under `max_per_prompt`, in order. longer: of each pair, best first.
+
+    The best ones; with balance, shorter and longer winners take turns and equal ones stand in for the kind that lacks.
+    """
+    most = config.max_per_prompt
+    if most is None or len(longer) <= most:
+        return list(range(len(longer)))
+    if not config.balance_length:
+        return list(range(most))
+    queues = {kind: deque(i for i, k in enumerate(longer) if k == kind) for kind in (-1, 0, 1)}
+    turn = next((kind for kind in longer if kind), 1)  # the kind with the greatest margin begins
     taken = []
     for _ in range(most):
         taken.append((queues[turn] or queues[0] or queues[-turn]).popleft())
         turn = -turn
-    return sorted(taken, key=_rank)
+    return sorted(taken)
 
 
-def _balanced(groups: Sequence[Sequence[PreferencePair]]) -> list[list[PreferencePair]]:
-    """Without the least margins of the more frequent kind, until both kinds are equally frequent or only last pairs remain."""
-    excess = sum(_longer(p) for pairs in groups for p in pairs)
-    frequent = 1 if excess > 0 else -1
-    places = [(_rank(p), g, i) for g, pairs in enumerate(groups) for i, p in enumerate(pairs) if _longer(p) == frequent]
-    left = [len(pairs) for pairs in groups]
-    removed: set[tuple[int, int]] = set()
-    for _, g, i in sorted(places, reverse=True):
-        if len(removed) < abs(excess) and left[g] > 1:
-            removed.add((g, i))
-            left[g] -= 1
-    return [[p for i, p in enumerate(pairs) if (g, i) not in removed] for g, pairs in enumerate(groups)]
+def unbalanced(margins: ArrayLike, ranks: ArrayLike, longer: ArrayLike, sizes: ArrayLike) -> NDArray[np.bool_]:
+    """Which of a run's pairs go, so that as many winners are shorter as are longer; (pairs,).
+
+    margins, longer: (pairs,), group after group; ranks: (pairs,), their places by prompt id, chosen id and rejected id; sizes: (groups,),
+    how many of the pairs are each group's. The least margins of the more frequent kind go, among equal ones the last by rank, until both
+    kinds are equally frequent or only last pairs of a group remain.
+    """
+    import numpy as np
+
+    kinds = np.asarray(longer, dtype=np.int8)
+    excess = int(kinds.sum(dtype=np.int64))
+    frequent = np.flatnonzero(kinds == (1 if excess > 0 else -1))
+    order = np.lexsort((-np.asarray(ranks, dtype=np.int64)[frequent], np.asarray(margins, dtype=np.float64)[frequent]))
+    left = np.asarray(sizes, dtype=np.int64)
+    group_of = np.repeat(np.arange(len(left)), left)
+    goes, removed, left = np.zeros(len(kinds), dtype=np.bool_), 0, left.tolist()
+    for i in frequent[order].tolist():
+        if removed == abs(excess):
+            break
+        if left[group_of[i]] > 1:
+            goes[i] = True
+            removed += 1
+            left[group_of[i]] -= 1
+    return goes
+
+
+def places_of(names: Sequence[Any]) -> list[int]:
+    """Where each name stands when they are sorted; equal ones in the order given."""
+    places = [0] * len(names)
+    for place, i in enumerate(sorted(range(len(names)), key=names.__getitem__)):
+        places[i] = place
+    return places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -36,8 +37,9 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Tick]:
-        """A tick advances the stage by so many units; entering and leaving prints what it did and how fast."""
+        """A tick, from any thread, advances the stage by so many units; entering and leaving prints what it did and how fast."""
         began, done, told = time.monotonic(), 0, time.monotonic()
+        lock = threading.Lock()
         bars = (
             Bars(
                 TextColumn("{task.description}"),
@@ -61,14 +63,15 @@ class Progress:
 
             def tick(count: int) -> None:
                 nonlocal done, told
-                done += count
-                if bars and task is not None:
-                    bars.advance(task, count)
-                elif time.monotonic() - told > _EVERY:
-                    told = time.monotonic()
-                    rate = done / (told - began)
-                    left = (total - done) / rate if rate else 0
-                    self.line(f"{name}: {done}/{total} {unit}, {rate:.1f}/s, {left:.0f} s left")
+                with lock:
+                    done += count
+                    if bars and task is not None:
+                        bars.advance(task, count)
+                    elif time.monotonic() - told > _EVERY:
+                        told = time.monotonic()
+                        rate = done / (told - began)
+                        left = (total - done) / rate if rate else 0
+                        self.line(f"{name}: {done}/{total} {unit}, {rate:.1f}/s, {left:.0f} s left")
 
             yield tick
         seconds = time.monotonic() - began

@@ -53,7 +53,8 @@ def choose(group: PromptGroup, drafts: Drafts, best: Callable[[Sequence[Response
 
     def pick(options: Sequence[Response]) -> Response | None:
         usable = [r for r in options if r.finished and r.text.strip()]
-        scored = [r for r in usable if r.scores and len(r.scores) == max(len(u.scores) for u in usable)]
+        most = max((len(r.scores) for r in usable), default=0)
+        scored = [r for r in usable if r.scores and len(r.scores) == most]
         return best(scored) if scored else next(iter(usable or options), None)
 
     return group.replace(refined=pick(drafts.refined), placebo=pick(drafts.placebo))

@@ -1,0 +1,36 @@
+"""The run folder: stages of part files with manifests and journals, so that a run can be killed anywhere and go on."""
+
+from spalign.store.files import (
+    Row,
+    clear_errors,
+    decode_row,
+    digest,
+    encode_row,
+    encode_rows,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from spalign.store.folder import RunFolder
+from spalign.store.journal import Journal
+from spalign.store.stages import Item, Part, Stage, run_in_parts, run_over_parts, versions
+
+__all__ = [
+    "Item",
+    "Journal",
+    "Part",
+    "Row",
+    "RunFolder",
+    "Stage",
+    "clear_errors",
+    "decode_row",
+    "digest",
+    "encode_row",
+    "encode_rows",
+    "read_json",
+    "run_in_parts",
+    "run_over_parts",
+    "versions",
+    "write_atomic",
+    "write_json",
+]

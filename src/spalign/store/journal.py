@@ -1,0 +1,105 @@
+"""What is finished of a part in work, one line each, so that a kill costs only what was in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+from spalign.store.files import Row, clear_errors, decode_row, encode_row, sync_folder
+
+SYNC_SECONDS = 1.0
+
+
+class Journal:
+    """Rows by key in the file `path`, which has one writer at a time.
+
+    A row that `append` has returned from survives the death of the process; within SYNC_SECONDS it is on the disk and survives the
+    machine's too. A thread of its own does that, so that who appends does not wait. Opening heals the file: of a torn line, only that
+    line is lost. All raise RunFolderError where the disk is full or may not be written; what was appended before stays.
+
+    healed: lines that were torn or damaged, and are cut off or left out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.healed = 0
+        self._failed: OSError | None = None
+        self._unsynced, self._closing = threading.Event(), threading.Event()
+        with clear_errors(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                sync_folder(path.parent)
+                self._rows = self._heal()
+                self._size = os.fstat(self._file).st_size
+            except OSError:
+                os.close(self._file)
+                raise
+        self._thread = threading.Thread(target=self._keep_synced, name="journal", daemon=True)
+        self._thread.start()
+
+    def _heal(self) -> dict[str, Row]:
+        """The rows of all whole lines; what follows the last of them is cut off, or the next line would be torn too."""
+        rows: dict[str, Row] = {}
+        end = position = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            position += len(line)
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("torn")
+                row = decode_row(line)
+                rows[row["key"]] = row
+                end = position
+            except (ValueError, TypeError, KeyError):  # in the middle of a file: what a machine that lost power leaves
+                self.healed += 1
+        os.ftruncate(self._file, end)
+        return rows
+
+    def get(self, key: str) -> Row | None:
+        """What an earlier process appended under this key."""
+        return self._rows.get(key)
+
+    def append(self, key: str, row: Row) -> None:
+        line = encode_row({"key": key, **row})
+        with clear_errors(self.path):
+            self._check()
+            rest = memoryview(line)
+            try:
+                while rest:  # a nearly full disk takes the beginning
+                    rest = rest[os.write(self._file, rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, self._size)
+                raise
+        self._size += len(line)
+        self._unsynced.set()
+
+    def remove(self) -> None:
+        """Take the file away: its rows stand in a part now."""
+        with clear_errors(self.path):
+            self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        with clear_errors(self.path):
+            try:
+                self._check()
+                if self._unsynced.is_set():
+                    os.fsync(self._file)
+            finally:
+                os.close(self._file)
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def _keep_synced(self) -> None:
+        while not self._closing.wait(SYNC_SECONDS):
+            if self._unsynced.is_set() and self._failed is None:
+                self._unsynced.clear()  # before: what is appended meanwhile waits for the next round
+                try:
+                    os.fsync(self._file)
+                except OSError as e:
+                    self._failed = e

@@ -1,0 +1,107 @@
+"""`spalign run` over two workers of a Ray cluster: the data of a run on one engine, though a worker is killed; and what a stop leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("ray", reason="needs Ray: pip install 'spalign[ray]'")
+
+POOL = {"kind": "ray", "workers": 2, "worker_cpus": 1}
+DATA = ("1-sample", "2-evaluate", "3-refine", "4-denoise", "5-pair")
+
+
+def start(folder: Path, environment: dict[str, str], command: str) -> subprocess.Popen[bytes]:
+    with (folder / "stderr").open("wb") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "spalign.cli", command, "run.yaml"],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        )
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    found = []
+    for child in family(process):
+        with contextlib.suppress(psutil.Error):
+            if "ray::Worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def wait_for(what: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 300
+    while not what() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def left_of(processes: list[psutil.Process]) -> list[str]:
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    return [" ".join(p.cmdline())[:80] for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_run_that_lost_a_worker_has_the_data_of_a_run_on_one_engine(spalign, lay_out, reference, environment, tmp_path):
+    lay_out(tmp_path, engine=POOL)
+    process = start(tmp_path, environment, "run")
+    stage = tmp_path / "runs/tiny/iteration-1/1-sample"
+    wait_for(lambda: len(list(stage.glob("part-*"))) >= 2, process)
+    victim = workers(process)[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    assert process.wait(600) == 0, (tmp_path / "stderr").read_text()
+    for name in DATA:
+        mine, theirs = (root / "runs/tiny/iteration-1" / name for root in (tmp_path, reference.folder))
+        assert {p.name: p.read_bytes() for p in mine.glob("part-*")} == {p.name: p.read_bytes() for p in theirs.glob("part-*")}, name
+        assert not list(mine.glob("journal*"))
+    again = spalign(tmp_path, "run", "run.yaml")  # all is done: no cluster is started
+    assert again.code == 0, again.err
+    assert again.seconds < 60
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stop_leaves_no_process_and_the_run_goes_on_without_ray(how, spalign, lay_out, reference, environment, tmp_path):
+    lay_out(tmp_path, engine=POOL)
+    process = start(tmp_path, environment, "sample")
+    stage = tmp_path / "runs/tiny/iteration-1/1-sample"
+    wait_for(lambda: len(list(stage.glob("part-*"))) >= 1, process)
+    everyone = family(process) if how == signal.SIGINT else workers(process)  # ray's own agents see after minutes that they are alone
+    assert len(workers(process)) == 2
+    process.send_signal(how)
+    code, err = process.wait(120), (tmp_path / "stderr").read_text()
+    if how == signal.SIGINT:
+        assert code == 130
+        assert "interrupted; what is finished is kept: the same command goes on" in err
+        assert "Traceback" not in err
+    assert left_of(everyone) == []
+    before = {p: p.stat().st_mtime_ns for p in stage.glob("part-*")}
+    assert 1 <= len(before) < 12
+    lay_out(tmp_path)  # one engine, here
+    assert spalign(tmp_path, "sample", "run.yaml", "--resume").code == 0
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+    theirs = reference.run / "iteration-1/1-sample"
+    assert {p.name: p.read_bytes() for p in stage.glob("part-*")} == {p.name: p.read_bytes() for p in theirs.glob("part-*")}
+
+
+def test_a_pool_that_does_not_fit_is_refused_in_words(spalign, lay_out, tmp_path):
+    lay_out(tmp_path, engine={**POOL, "workers": 500})
+    done = spalign(tmp_path, "run", "run.yaml")
+    assert done.code == 2
+    assert "500 workers of 1 CPUs each do not fit into a Ray cluster of" in done.err
+    assert "lower engine.workers" in done.err

@@ -1,0 +1,226 @@
+"""The Ray engine on a real Ray cluster of this machine: two workers give what one engine gives here, also when one is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from spalign.config import EngineConfig, config_from
+from spalign.engines.base import Completion, GenerateRequest, Sampling
+from spalign.engines.make import load_engine
+from spalign.engines.ray import RayEngine
+from spalign.engines.transformers import TransformersEngine
+from spalign.errors import ConfigError, EngineError, ModelError
+from spalign.pipeline.context import MeteredEngine
+from spalign.store import Stage, run_in_parts
+from spalign.text import printable
+from spalign.types import Message
+
+pytest.importorskip("ray", reason="needs Ray: pip install 'spalign[ray]'")
+pytestmark = pytest.mark.model
+
+HERE = EngineConfig(dtype="bfloat16", device="cpu", batch_size=4)
+POOL = EngineConfig(kind="ray", dtype="bfloat16", device="cpu", batch_size=4, workers=2, worker_cpus=1)
+WAYS = Sampling(1.0, 0.95, 24)
+CASES = ["User: Hi.\nAssistant: Go away!\nQuestion: Is this kind?\nAnswer:", "x\nAnswer:", "Is water wet?\nAnswer:"]
+
+
+def requests(start: int, count: int, limit: int = 24) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(
+            str(n), (Message("user", f"Say {n} in {n % 5} words" + " please" * (n % 7)),), (n, n + 1), Sampling(1.0, 0.95, limit)
+        )
+        for n in range(start, start + count)
+    ]
+
+
+def by_place(completions: list[Completion]) -> dict[tuple[str, int], Completion]:
+    found = {(c.request_id, c.index): c for c in completions}
+    assert len(found) == len(completions)  # nothing twice
+    return found
+
+
+def workers() -> list[int]:
+    """Processes of the cluster that this process started, in which a worker runs."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            if "ray::Worker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_model: Path) -> Iterator[RayEngine]:
+    engine = load_engine(str(tiny_model), POOL)
+    assert isinstance(engine, RayEngine)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path) -> TransformersEngine:
+    return TransformersEngine.load(str(tiny_model), HERE)
+
+
+def test_every_verb_gives_what_the_engine_gives_here_to_the_bit(pool: RayEngine, plain: TransformersEngine):
+    asked = requests(0, 9)
+    assert by_place(list(pool.generate(asked))) == by_place(list(plain.generate(asked)))
+    assert pool.choice_logprobs(CASES, (" Yes", " No")) == plain.choice_logprobs(CASES, (" Yes", " No"))
+    context, answer = plain.encode_chat(asked[0].messages), plain.encode_response("Here it is.")
+    pairs = [(context, answer), (context[:5], answer[:1]), ([], answer), (context, [])]
+    assert pool.loglikelihood(pairs) == plain.loglikelihood(pairs)
+    assert pool.representations(pairs, (0.0, 0.5, 1.0)) == plain.representations(pairs, (0.0, 0.5, 1.0))
+    assert (pool.encode_chat(asked[0].messages), pool.encode_response("x")) == (context, plain.encode_response("x"))
+    assert (pool.window, pool.capabilities) == (plain.window, plain.capabilities)
+    pool.check_choices((" Yes",))
+    with pytest.raises(EngineError, match="tokens for this tokenizer, not one"):
+        pool.check_choices(("absolutely not so",))
+    places = [[(r.id, i) for r, i in batch] for batch in pool.batches(asked)]
+    assert places == [[(r.id, i) for r, i in batch] for batch in plain.batches(asked)]
+
+
+def sampled(engine: MeteredEngine, stage: Stage, count: int) -> dict[str, object]:
+    def work(shard):
+        made = by_place(list(engine.generate(shard)))
+        scores = engine.choice_logprobs([c.text + "\nAnswer:" for c in made.values()], (" Yes", " No"))
+        return [
+            {"id": c.request_id, "i": c.index, "ids": c.token_ids, "scores": made_scores}
+            for c, made_scores in zip(made.values(), scores, strict=True)
+        ]
+
+    return run_in_parts(stage, requests(0, count), 3, work, crew=engine)
+
+
+def rows(stage: Stage) -> list[dict[str, object]]:
+    return sorted(stage.rows(), key=lambda r: (r["id"], r["i"]))
+
+
+def test_parts_are_those_of_the_local_run_though_a_worker_is_killed_in_the_middle(
+    pool: RayEngine, plain: TransformersEngine, tmp_path: Path
+):
+    alone, together = Stage(tmp_path / "alone", {}), Stage(tmp_path / "together", {})
+    told = sampled(MeteredEngine(plain, "m", alone), alone, 60)
+    before, lost = workers(), pool.lost
+    assert len(before) == 2
+    killed = []
+
+    def kill() -> None:  # when the first parts are there, and journals of others
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (together.folder.exists() and len(together.parts()) >= 2):
+            time.sleep(0.005)
+        while time.monotonic() < deadline and not killed:
+            for pid in before:
+                if psutil.Process(pid).cpu_percent(0.02) > 10:  # it has a call in hand
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    break
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    found = sampled(MeteredEngine(pool, "m", together), together, 60)
+    thread.join()
+    assert killed
+    assert pool.lost == lost + 1
+    assert rows(together) == rows(alone)
+    assert (found["tokens"], found["items"], len(together.parts())) == (told["tokens"], 60, 20)
+    for _ in range(100):  # it comes back
+        if len(workers()) == 2:
+            break
+        time.sleep(0.2)
+    assert len(set(workers()) - set(killed)) == 2
+
+
+def test_a_batch_that_lost_its_worker_runs_again_as_it_was(pool: RayEngine, plain: TransformersEngine):
+    asked, got = requests(100, 20, limit=200), []
+    for completion in pool.generate(asked):
+        got.append(completion)
+        if len(got) == 7:
+            busy = max(workers(), key=lambda pid: psutil.Process(pid).cpu_percent(0.1))
+            os.kill(busy, signal.SIGKILL)
+    assert by_place(got) == by_place(list(plain.generate(asked)))
+
+
+def test_a_call_that_takes_every_worker_down_ends_with_an_error(pool: RayEngine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("spalign.engines.ray._TRIES", 2)
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.is_set():
+            for pid in workers():
+                with contextlib.suppress(psutil.Error, ProcessLookupError):
+                    if psutil.Process(pid).cpu_percent(0.05) > 50:
+                        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        with pytest.raises(EngineError, match=r"2 workers were lost on the same call.*\n  fix: short of memory"):
+            for _ in range(20):  # until it is hit
+                list(pool.generate(requests(0, 40, limit=400)))
+    finally:
+        over.set()
+        thread.join()
+    assert len(by_place(list(pool.generate(requests(0, 2))))) == 4  # the pool goes on
+
+
+def test_what_a_worker_refuses_is_said_as_it_is_here(pool: RayEngine, plain: TransformersEngine):
+    long = [GenerateRequest("long one", (Message("user", "word " * 3000),), (1,), WAYS)]
+    for engine in (plain, pool):
+        with pytest.raises(EngineError, match=r"prompt 'long one' has .* exceeds the model's window of 2048\n  fix: shorten"):
+            list(engine.generate(long))
+    with pytest.raises(EngineError, match="a worker failed: TypeError"):
+        pool.representations([([1], [2])], None)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_or_is_not_there_is_told_at_once(pool: RayEngine, tiny_model: Path):
+    with pytest.raises(
+        EngineError, match=r"99 workers of 1 CPUs each do not fit into a Ray cluster of \d+ CPUs\n  fix: lower engine.workers"
+    ):
+        load_engine(str(tiny_model), POOL.model_copy(update={"workers": 99}))
+    with pytest.raises(ModelError, match="no-such-model"):
+        load_engine("no-such-model", POOL)
+
+
+def test_a_closed_pool_says_so_and_its_processes_are_gone(tiny_model: Path, pool: RayEngine):
+    pool.close()
+    with pytest.raises(EngineError, match="the Ray engine was closed"):
+        pool.choice_logprobs(CASES, (" Yes",))
+    for _ in range(100):
+        if not workers():
+            break
+        time.sleep(0.1)
+    assert not workers()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no such place", "\x1b[2J:70000"])
+def test_an_address_without_a_cluster_is_an_error(tiny_model: Path, address: str):
+    program = f"""
+from spalign.config import EngineConfig
+from spalign.engines.make import load_engine
+load_engine({str(tiny_model)!r}, EngineConfig(kind="ray", device="cpu", address={address!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert f"EngineError: no Ray cluster at '{printable(address)}'" in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["workers", "worker", "worker_cpus", "worker_gpus", "address"])
+def test_settings_of_the_pool_are_refused_elsewhere(setting: str):
+    value = {"worker": "vllm", "address": "auto"}.get(setting, 1)
+    with pytest.raises(ConfigError, match=f"{setting}: for kind ray, and the kind is transformers"):
+        config_from({"name": "x", "model": "demo", "engine": {setting: value}})
+
+
+def test_results_of_a_pool_and_of_one_engine_are_interchangeable():
+    assert POOL.matters() == HERE.matters()
+    assert POOL.model_copy(update={"worker": "vllm"}).matters() == HERE.model_copy(update={"kind": "vllm"}).matters()
