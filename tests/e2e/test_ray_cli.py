@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,9 +20,10 @@ POOL = {"kind": "ray", "workers": 2, "worker_cpus": 1}
 DATA = ("1-sample", "2-evaluate", "3-refine", "4-denoise", "5-pair")
 
 
-def start(folder: Path, environment: dict[str, str], command: str) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def started(folder: Path, environment: dict[str, str], command: str) -> Iterator[subprocess.Popen[bytes]]:
     with (folder / "stderr").open("wb") as errors:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "spalign.cli", command, "run.yaml"],
             cwd=folder,
             env=environment,
@@ -30,6 +31,15 @@ def start(folder: Path, environment: dict[str, str], command: str) -> subprocess
             stderr=errors,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         )
+    try:
+        yield process
+    finally:  # also where the test fails
+        everyone = family(process)
+        process.kill()
+        process.wait()
+        for one in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -48,7 +58,7 @@ def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def wait_for(what: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 120
     while not what() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
 
@@ -60,12 +70,12 @@ def left_of(processes: list[psutil.Process]) -> list[str]:
 
 def test_a_run_that_lost_a_worker_has_the_data_of_a_run_on_one_engine(spalign, lay_out, reference, environment, tmp_path):
     lay_out(tmp_path, engine=POOL)
-    process = start(tmp_path, environment, "run")
     stage = tmp_path / "runs/tiny/iteration-1/1-sample"
-    wait_for(lambda: len(list(stage.glob("part-*"))) >= 2, process)
-    victim = workers(process)[0]
-    os.kill(victim.pid, signal.SIGKILL)
-    assert process.wait(600) == 0, (tmp_path / "stderr").read_text()
+    with started(tmp_path, environment, "run") as process:
+        wait_for(lambda: len(list(stage.glob("part-*"))) >= 2, process)
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
+        os.kill(workers(process)[0].pid, signal.SIGKILL)
+        assert process.wait(400) == 0, (tmp_path / "stderr").read_text()
     for name in DATA:
         mine, theirs = (root / "runs/tiny/iteration-1" / name for root in (tmp_path, reference.folder))
         assert {p.name: p.read_bytes() for p in mine.glob("part-*")} == {p.name: p.read_bytes() for p in theirs.glob("part-*")}, name
@@ -78,18 +88,19 @@ def test_a_run_that_lost_a_worker_has_the_data_of_a_run_on_one_engine(spalign, l
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stop_leaves_no_process_and_the_run_goes_on_without_ray(how, spalign, lay_out, reference, environment, tmp_path):
     lay_out(tmp_path, engine=POOL)
-    process = start(tmp_path, environment, "sample")
     stage = tmp_path / "runs/tiny/iteration-1/1-sample"
-    wait_for(lambda: len(list(stage.glob("part-*"))) >= 1, process)
-    everyone = family(process) if how == signal.SIGINT else workers(process)  # ray's own agents see after minutes that they are alone
-    assert len(workers(process)) == 2
-    process.send_signal(how)
-    code, err = process.wait(120), (tmp_path / "stderr").read_text()
-    if how == signal.SIGINT:
-        assert code == 130
-        assert "interrupted; what is finished is kept: the same command goes on" in err
-        assert "Traceback" not in err
-    assert left_of(everyone) == []
+    with started(tmp_path, environment, "sample") as process:
+        wait_for(lambda: len(list(stage.glob("part-*"))) >= 1, process)
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
+        everyone = family(process) if how == signal.SIGINT else workers(process)  # ray's own agents see after minutes that they are alone
+        assert len(workers(process)) == 2
+        process.send_signal(how)
+        code, err = process.wait(120), (tmp_path / "stderr").read_text()
+        if how == signal.SIGINT:
+            assert code == 130
+            assert "interrupted; what is finished is kept: the same command goes on" in err
+            assert "Traceback" not in err
+        assert left_of(everyone) == []
     before = {p: p.stat().st_mtime_ns for p in stage.glob("part-*")}
     assert 1 <= len(before) < 12
     lay_out(tmp_path)  # one engine, here

@@ -192,6 +192,40 @@ def test_what_does_not_fit_or_is_not_there_is_told_at_once(pool: RayEngine, tiny
         load_engine("no-such-model", POOL)
 
 
+def test_a_cluster_that_runs_here_is_another_s(pool: RayEngine, tiny_model: Path):
+    """Its room is its owner's: who names no cluster starts one of their own."""
+    ray = pytest.importorskip("ray")
+    program = f"""
+import ray
+from spalign.config import EngineConfig
+from spalign.engines.make import load_engine
+engine = load_engine({str(tiny_model)!r}, EngineConfig(kind="ray", device="cpu", workers=1, worker_cpus=1))
+print(ray.get_runtime_context().gcs_address, engine.width)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    address, width = done.stdout.split()
+    assert width == "1"
+    assert address != ray.get_runtime_context().gcs_address
+
+
+def test_workers_that_find_no_room_are_an_error(tiny_model: Path):
+    """A cluster that is named may grow: it gets time for that, and then the run ends with the reason."""
+    program = f"""
+import ray
+from spalign.config import EngineConfig
+from spalign.engines import ray as engine
+from spalign.engines.make import load_engine
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+engine._PATIENCE = 5.0
+taken = ray.remote(type("Other", (), {{"there": lambda self: 1}})).options(num_cpus=1).remote()
+ray.get(taken.there.remote())
+load_engine({str(tiny_model)!r}, EngineConfig(kind="ray", device="cpu", workers=2, worker_cpus=1))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert "EngineError: only 1 of 2 workers started within 5 s: others may use the cluster" in done.stderr
+
+
 def test_a_closed_pool_says_so_and_its_processes_are_gone(tiny_model: Path, pool: RayEngine):
     pool.close()
     with pytest.raises(EngineError, match="the Ray engine was closed"):

@@ -40,6 +40,9 @@ class Worker:
         self._name, self._config = name, config
         self._engine: Engine | None = None
 
+    def up(self) -> None:
+        """Answered when the process is there; nothing is loaded."""
+
     def _ready(self) -> Engine:
         from spalign.engines.make import load_engine
 
@@ -95,16 +98,20 @@ class RayEngine(TokenEngine):
     def _start(self, needs: dict[str, float]) -> list[int]:
         """The workers' windows, when all have loaded their model."""
         ray = self._ray
-        asked, deadline = [w.window.remote() for w in self._workers], time.monotonic() + _PATIENCE
-        left = asked
-        while left:
-            ready, left = ray.wait(left, num_returns=len(left), timeout=1.0)
-            for ref in ready:
+        up, deadline = [w.up.remote() for w in self._workers], time.monotonic() + _PATIENCE
+        while up:  # all have a process of their own: what the cluster has to give
+            done, up = ray.wait(up, num_returns=len(up), timeout=1.0)
+            for ref in done:
                 with self._told():
                     ray.get(ref)
-            if left and time.monotonic() > deadline and (lack := _lack(ray.cluster_resources(), self.width, needs)):
-                raise EngineError(lack, hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or add nodes")
-        return list(ray.get(asked))
+            if up and time.monotonic() > deadline:
+                there = _lack(ray.cluster_resources(), self.width, needs) or "others may use the cluster"
+                raise EngineError(
+                    f"only {self.width - len(up)} of {self.width} workers started within {_PATIENCE:g} s: {there}",
+                    hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or add nodes",
+                )
+        with self._told():
+            return list(ray.get([w.window.remote() for w in self._workers]))
 
     def close(self) -> None:
         """End the workers and give their memory back; calls under way fail."""
@@ -269,29 +276,30 @@ def _capabilities(config: EngineConfig) -> frozenset[Capability]:
 
 
 def _connect(config: EngineConfig) -> bool:
-    """Join the cluster that the configuration or RAY_ADDRESS names, or that this machine is part of; else start one of this machine.
+    """Join the cluster that the configuration or RAY_ADDRESS names; without a name, start one of this machine alone, and return True.
 
-    True: it is one of this machine alone, started here.
+    Never another that runs here: its owner counts on its room, and may be gone in a minute.
     """
     ray = _ray()
     if ray.is_initialized():
         return _started_here.is_set()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = config.address or os.environ.get("RAY_ADDRESS") or "auto"
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        ray.init(address="local", include_dashboard=False, **quiet)
+        _started_here.set()
+        return True
     try:
         if host_port := re.fullmatch(r"(?:ray://)?(\[?[^/]*?\]?):(\d+)", address):  # ray tries for a minute, and then ends the process
             socket.create_connection((host_port[1].strip("[]"), int(host_port[2])), timeout=10).close()
         ray.init(address=address, **quiet)
     except Exception as e:  # ConnectionError, and others for an address that is none
-        if address != "auto":
-            raise EngineError(
-                f"no Ray cluster at '{shorten(printable(address), 100)}': {shorten(printable(' '.join(str(e).split())), 200)}",
-                hint="start one there (ray start --head), or mend engine.address or RAY_ADDRESS; without them one is started here",
-            ) from e
-        ray.init(include_dashboard=False, **quiet)
-        _started_here.set()
-    return _started_here.is_set()
+        raise EngineError(
+            f"no Ray cluster at '{shorten(printable(address), 100)}': {shorten(printable(' '.join(str(e).split())), 200)}",
+            hint="start one there (ray start --head), or mend engine.address or RAY_ADDRESS; without them one is started here",
+        ) from e
+    return False
 
 
 _started_here = threading.Event()
