@@ -33,6 +33,7 @@ from spalign.constitution import Constitution, load_constitution
 from spalign.engines.loading import inference_dtype, load_model
 from spalign.engines.models import resolve
 from spalign.engines.vllm import VLLMEngine, _environment, _settings
+from spalign.pipeline.context import MeteredEngine
 from spalign.rollout import sample
 from spalign.selfeval import SCORERS, cases_of
 from spalign.store import Stage, run_in_parts
@@ -113,14 +114,17 @@ class StageRounds:
         self._count += 1
         self.groups = []
 
-        def work(shard: Sequence[Prompt]) -> list[dict[str, Any]]:
-            made = sample(self.engine, shard, self.constitution, self.config.sample, seed=self._count, purpose="benchmark")
-            self.groups += made
-            return [group_to_json(g) for g in made]
-
         with tempfile.TemporaryDirectory() as folder:
+            stage = Stage(Path(folder) / "1-sample", {})
+            engine = MeteredEngine(self.engine, "benchmark", stage)
+
+            def work(shard: Sequence[Prompt]) -> list[dict[str, Any]]:
+                made = sample(engine, shard, self.constitution, self.config.sample, seed=self._count, purpose="benchmark")
+                self.groups += made
+                return [group_to_json(g.replace(prompt_ids=tuple(engine.encode_chat(g.prompt.messages)))) for g in made]
+
             began = time.perf_counter()
-            run_in_parts(Stage(Path(folder) / "1-sample", {}), prompts, self.config.shard_size, work)
+            run_in_parts(stage, prompts, self.config.shard_size, work, crew=engine)
             seconds = time.perf_counter() - began
         self.seconds = min(self.seconds, seconds) if self._count > 2 else seconds  # the first was the warm-up
         return sum(len(r.token_ids) for g in self.groups for r in g.candidates) / seconds

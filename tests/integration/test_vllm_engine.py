@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ from spalign.constitution import load_constitution
 from spalign.engines.base import Completion, GenerateRequest, Sampling
 from spalign.engines.transformers import TransformersEngine
 from spalign.errors import EngineError
+from spalign.pipeline.context import MeteredEngine
 from spalign.selfeval import judge_check, load_labelled
+from spalign.store import Stage, run_in_parts
+from spalign.store.stages import Alone
 from spalign.types import Message
 
 if importlib.util.find_spec("vllm") is None:
@@ -324,8 +328,70 @@ def test_a_killed_process_is_a_clear_error(tiny_model: Path) -> None:
     assert "log: " in e.value.message
     assert "\x1b" not in e.value.message
     assert "engine.memory" in e.value.hint
-    with pytest.raises(EngineError, match="was closed"):
+    with pytest.raises(EngineError, match="its process was killed"):  # the reason, not only that it is closed
         list(engine.generate(requests_for(["a"])))
+
+
+# calls of several threads
+
+
+def test_calls_of_two_threads_run_side_by_side_and_give_what_each_gives_alone(tiny: VLLMEngine) -> None:
+    asks = [requests_for([f"{word} {n}" for n in range(6)], seeds=(1, 2), sampling=Sampling(1.0, 0.9, 40)) for word in ("Say", "Write")]
+    alone = [by_key(tiny.generate(ask)) for ask in asks]
+    long = requests_for(["Go on", "And on"], sampling=Sampling(0.01, 1.0, 1500))
+    under_way = tiny.generate(long)
+    assert next(under_way).token_ids  # it has begun and is not over
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda ask: by_key(tiny.generate(ask)), asks * 2))
+        scores = threads.submit(tiny.choice_logprobs, CASES, CHOICES).result()
+    assert found == alone * 2
+    assert scores == [pytest.approx(s, abs=1e-4) for s in tiny.choice_logprobs(CASES, CHOICES) if s]
+    assert len(list(under_way)) == 1
+
+
+def test_a_call_that_is_left_ends_and_the_others_go_on(tiny: VLLMEngine) -> None:
+    left = tiny.generate(requests_for(["a", "b", "c", "d"], seeds=(1, 2, 3, 4), sampling=Sampling(1.0, 1.0, 1500)))
+    next(left)
+    other = tiny.generate(requests_for(["e"], sampling=Sampling(1.0, 1.0, 300)))
+    with ThreadPoolExecutor(1) as thread:
+        rest = thread.submit(list, other)
+        left.close()  # type: ignore[attr-defined]
+        assert len(rest.result(60)) == 1
+    assert not tiny._process._arrived  # nothing is kept of either
+
+
+@pytest.mark.parametrize("how", ["killed", "closed"])
+def test_every_thread_learns_why_it_ended(tiny_model: Path, how: str) -> None:
+    engine = VLLMEngine(str(tiny_model), EXACT)
+    with ThreadPoolExecutor(3) as threads:
+        calls = [threads.submit(list, engine.generate(requests_for(["a"], sampling=Sampling(0.01, 1.0, 2000)))) for _ in range(3)]
+        deadline = time.monotonic() + 60
+        while len(engine._process._arrived) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if how == "killed":
+            os.kill(pid_of(engine), signal.SIGKILL)
+        else:
+            engine.close()
+        for call in calls:
+            with pytest.raises(EngineError, match="its process was killed" if how == "killed" else "the vLLM engine was closed"):
+                call.result(60)
+    assert gone_within(5, pid_of(engine))
+
+
+def test_parts_side_by_side_are_those_of_one_after_the_other(tiny: VLLMEngine, tmp_path: Path) -> None:
+    def rows(width: int) -> list[dict[str, object]]:
+        stage = Stage(tmp_path / str(width), {})
+        engine = MeteredEngine(tiny, "tiny", stage)
+
+        def work(shard: Sequence[GenerateRequest]) -> list[dict[str, object]]:
+            return [{"id": c.request_id, "i": c.index, "ids": c.token_ids} for c in engine.generate(shard)]
+
+        asked = requests_for([f"Say {n}" for n in range(12)], seeds=(1, 2), sampling=Sampling(1.0, 0.9, 40))
+        made = run_in_parts(stage, asked, 2, work, crew=engine if width == 2 else Alone())
+        assert made["tokens"] == (sum(len(r["ids"]) for r in stage.rows()) if width == 2 else 0)
+        return sorted(stage.rows(), key=lambda r: (r["id"], r["i"]))
+
+    assert rows(2) == rows(1)
 
 
 def test_what_vllm_refuses_is_told(tiny_model: Path, tmp_path: Path) -> None:

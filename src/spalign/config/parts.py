@@ -55,6 +55,9 @@ class PromptsConfig(Part):
 _ALIKE = {"dtype", "device", "trust_remote_code"}
 """What an engine's answers depend on, beside its kind."""
 
+_HERE = {*_ALIKE, "batch_size", "batching", "memory"}
+"""What says how a model is run by this process or a worker of it."""
+
 _OF_RAY = ("worker", "workers", "worker_cpus", "worker_gpus", "address")
 
 
@@ -69,8 +72,11 @@ class EngineConfig(Part):
     device: str = "auto"
     batch_size: PositiveInt = 128
     """Sequences that run through the model together."""
+    batching: Literal["static", "continuous"] = "static"
+    """transformers: batches by length, each of which runs to its end; or transformers' continuous batching, which is made for GPUs."""
     memory: Annotated[float, Field(gt=0)] | None = None
-    """vLLM: share of the GPU's memory that it may take (default 0.9); on a CPU, GiB for keys and values (default 4)."""
+    """vLLM: share of the GPU's memory that it may take (default 0.9); on a CPU, GiB for keys and values (default 4).
+    transformers with continuous batching: share of a GPU's free memory for keys and values."""
     trust_remote_code: bool = False
     base_url: str | None = None
     """openai: where the server is, usually ending in /v1. The model's name there is the run's `model`, or the judge's name."""
@@ -94,7 +100,7 @@ class EngineConfig(Part):
     worker_gpus: Annotated[float, Field(ge=0)] | None = None
     """ray: GPUs that a worker takes, or which share of one; default: 1, without GPUs 0."""
     address: str | None = None
-    """ray: of the cluster; default: RAY_ADDRESS, else the one that this machine is part of, else one of this machine alone."""
+    """ray: of the cluster; default: RAY_ADDRESS, else a new one of this machine alone."""
 
     @property
     def served(self) -> bool:
@@ -103,15 +109,16 @@ class EngineConfig(Part):
 
     def matters(self) -> dict[str, Any]:
         """What results depend on, for a stage's digest: not how many at a time, nor where a server is and how patiently it is asked."""
-        return {**self.model_dump(include=_ALIKE), "kind": self.worker if self.kind == "ray" else self.kind}
+        batching = {"batching": self.batching} if self.batching != "static" else {}
+        return {**self.model_dump(include=_ALIKE), **batching, "kind": self.worker if self.kind == "ray" else self.kind}
 
     def here(self) -> EngineConfig:
         """How a model that the run itself made is run: no server has it."""
-        return EngineConfig(kind="transformers", **self.model_dump(include={*_ALIKE, "batch_size", "memory"})) if self.served else self
+        return EngineConfig(kind="transformers", **self.model_dump(include=_HERE)) if self.served else self
 
     def in_worker(self) -> EngineConfig:
         """How a worker of kind ray runs the model."""
-        return EngineConfig(kind=self.worker, **self.model_dump(include={*_ALIKE, "batch_size", "memory"}))
+        return EngineConfig(kind=self.worker, **self.model_dump(include=_HERE))
 
     @field_validator("base_url")
     @classmethod
@@ -138,6 +145,8 @@ class EngineConfig(Part):
         given = [f for f in _OF_RAY if getattr(self, f) != type(self).model_fields[f].default]
         if self.kind != "ray" and given:
             raise ValueError(f"{', '.join(given)}: for kind ray, and the kind is {self.kind}; set kind: ray")
+        if self.batching == "continuous" and (self.worker if self.kind == "ray" else self.kind) != "transformers":
+            raise ValueError("batching: continuous is an option of kind transformers; vllm and servers batch so by themselves")
         return self
 
 

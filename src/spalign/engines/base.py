@@ -113,11 +113,11 @@ class Batching(Protocol):
 
 
 @runtime_checkable
-class Pool(Protocol):
-    """An engine of several workers, each of which does a whole call as an engine by itself would do it."""
+class Concurrent(Protocol):
+    """An engine that works on several calls at the same time, and gives each what it would give it alone."""
 
     width: int
-    """So many calls, of as many threads, run at the same time."""
+    """So many calls, of as many threads, keep it busy."""
 
     def close(self) -> None:
         """Calls under way fail with EngineError."""

@@ -26,6 +26,10 @@ def load_engine(name: str, config: EngineConfig) -> Engine:
         from spalign.engines.ray import load_ray
 
         return load_ray(name, config)
+    if config.batching == "continuous":
+        from spalign.engines.continuous import ContinuousEngine
+
+        return ContinuousEngine.load(name, config)
     from spalign.engines.transformers import TransformersEngine
 
     return TransformersEngine.load(name, config)

@@ -197,18 +197,26 @@ class RayEngine(TokenEngine):
                 self._idle.put(worker)
 
     def _revive(self, worker: Any) -> None:
-        """Give it back when it is there again. What is wrong with it then, the next call says."""
+        """Give it back when it is there again, or when it cannot be had: what is wrong with it then, the next call says."""
         ray = self._ray
-        while not self._closed.is_set():
+        deadline = time.monotonic() + _PATIENCE
+        for _ in range(_TRIES):
+            with contextlib.suppress(Exception):
+                while not self._closed.is_set() and time.monotonic() < deadline:
+                    try:
+                        ray.get(worker.up.remote())
+                        break
+                    except ray.exceptions.ActorUnavailableError:  # on its way
+                        time.sleep(0.2)
             try:
                 ray.get(worker.window.remote())
-            except ray.exceptions.ActorUnavailableError:  # on its way
-                time.sleep(0.2)
+                break
+            except ray.exceptions.ActorUnavailableError:  # it was lost again while it loaded its model
                 continue
             except Exception:
-                pass
+                break
+        if not self._closed.is_set():
             self._idle.put(worker)
-            return
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -262,7 +270,8 @@ def load_ray(name: str, config: EngineConfig) -> RayEngine:
         raise EngineError(
             "engine.kind is ray, and the package ray is not installed", hint="pip install 'spalign[ray]', or engine.kind=transformers"
         )
-    return (BatchingRayEngine if config.worker == "transformers" else RayEngine)(name, config)
+    static = config.worker == "transformers" and config.batching == "static"
+    return (BatchingRayEngine if static else RayEngine)(name, config)
 
 
 def _capabilities(config: EngineConfig) -> frozenset[Capability]:

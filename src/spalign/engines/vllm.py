@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from spalign.engines.loading import device_of, inference_dtype, load_tokens
 from spalign.engines.models import resolve
 from spalign.engines.prefix_tree import Tokens
 from spalign.engines.tokens import TokenEngine
-from spalign.engines.vllm_process import Done, Failed, Job, Ready
+from spalign.engines.vllm_process import Call, Done, Failed, Job, Ready, Some, Stop
 from spalign.errors import ConfigError, EngineError
 from spalign.text import printable, shorten
 
@@ -56,12 +58,15 @@ def check_vllm(config: EngineConfig) -> None:
 class VLLMEngine(TokenEngine):
     """Completions stream out as they finish; what prompts begin with alike runs once, also across calls. No hidden states.
 
+    Takes calls of two threads at the same time (`width`): the sequences of the second run where those of the first have ended.
+
     A completion depends on prompt and seed up to rounding: in bfloat16 the last bits depend on what runs beside it, and now and then they
     turn a token. prompt_tokens, cached_tokens: counted over all calls.
     """
 
     name = "vllm"
     capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood"})
+    width = 2
 
     def __init__(self, name: str, config: EngineConfig, *, adapter: Path | None = None) -> None:
         """Load a model by name (see `spalign.engines.models`). Raises ModelError or EngineError with what to do.
@@ -74,6 +79,7 @@ class VLLMEngine(TokenEngine):
         self._process = _Process(_settings(where, config) | _lora(adapter), _environment(config))
         self._window = min(self._process.window, limit or self._process.window)
         self.prompt_tokens = self.cached_tokens = 0
+        self._counting = threading.Lock()
 
     def close(self) -> None:
         """End the process and give its memory back."""
@@ -119,8 +125,9 @@ class VLLMEngine(TokenEngine):
 
     def _run(self, jobs: list[Job]) -> Iterator[Done]:
         for done in self._process.run(jobs):
-            self.prompt_tokens += len(jobs[done.number].ids)
-            self.cached_tokens += done.cached
+            with self._counting:
+                self.prompt_tokens += len(jobs[done.number].ids)
+                self.cached_tokens += done.cached
             yield done
 
 
@@ -204,34 +211,63 @@ class _Process:
                 start_new_session=True,  # Ctrl-C is ours; and whatever it starts can be ended with it
             )
         theirs.close()
-        self.close = weakref.finalize(self, _end, self._process, self._connection, self._folder)
+        # the connection stays: another thread may listen to it, and hears that the other end is gone
+        self.close = weakref.finalize(self, _end, self._process, self._folder)
+        self._numbers = itertools.count()
+        self._changed, self._sending = threading.Condition(), threading.Lock()
+        self._arrived: dict[int, deque[Some]] = {}
+        """By call: what has come and is not fetched."""
+        self._listening = False
+        self._failure: EngineError | None = None
+        """Why it ended, for every thread that waits for it."""
         self._send(settings)
         ready = self._receive("did not start")
         assert isinstance(ready, Ready)
         self.window = ready.window
 
     def run(self, jobs: list[Job]) -> Iterator[Done]:
-        """Results as they come; a caller who stops listening ends the rest."""
+        """Results as they come; a caller who stops listening ends the rest. Several threads may call it at the same time."""
         if not jobs:
             return
-        self._send(jobs)
-        over = False
+        number, over = next(self._numbers), False
+        with self._changed:
+            self._arrived[number] = deque()
         try:
+            self._send(Call(number, jobs))
             while not over:
-                some = self._receive("failed")
-                over = some is None
-                yield from some or ()
+                some = self._next(number)
+                over = some.over
+                yield from some.done
         finally:
             if not over and self.close.alive:
-                self._send("stop")
-                while self._receive("failed") is not None:
+                self._send(Stop(number))
+                while not self._next(number).over:
                     pass
+            del self._arrived[number]
+
+    def _next(self, number: int) -> Some:
+        """What comes next of a call. Of the threads that wait, one listens, and wakes the others."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._arrived[number] or not self._listening)
+                if self._arrived[number]:
+                    return self._arrived[number].popleft()
+                self._listening = True
+            some: Some | None = None
+            try:
+                some = self._receive("failed")
+            finally:
+                with self._changed:
+                    if some is not None:
+                        self._arrived[some.number].append(some)
+                    self._listening = False
+                    self._changed.notify_all()
 
     def _send(self, message: Any) -> None:
-        if not self.close.alive:
-            raise EngineError("the vLLM engine was closed", hint="make a new one")
+        self._check_open()
         try:
-            self._connection.send(message)
+            with self._sending:
+                self._connection.send(message)
         except OSError:
             self._fail("failed")
 
@@ -247,19 +283,27 @@ class _Process:
             self._fail(what, message.message)
         return message
 
+    def _check_open(self) -> None:
+        if self._failure:
+            raise self._failure
+        if not self.close.alive:
+            raise EngineError("the vLLM engine was closed", hint="make a new one")
+
     def _fail(self, what: str, why: str = "") -> Any:
         """Raises EngineError with the reason and the last lines of the log; the process is ended."""
+        self._check_open()
         if not why:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
             why = _ended(self._process.returncode)
         lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self._log.exists() else []
-        self.close()
         log = "".join(f"\n  log: {shorten(printable(line).strip(), 200)}" for line in lines if line.strip())
-        raise EngineError(
+        self._failure = EngineError(
             f"vLLM {what}: {shorten(printable(' '.join(why.split())), 500)}{log}",
             hint="if it is short of memory, lower engine.batch_size or change engine.memory; engine.kind=transformers runs any model",
         )
+        self.close()
+        raise self._failure
 
 
 def _ended(code: int | None) -> str:
@@ -268,11 +312,10 @@ def _ended(code: int | None) -> str:
     return f"its process ended by itself (exit code {code})"
 
 
-def _end(process: subprocess.Popen[bytes], connection: Connection, folder: tempfile.TemporaryDirectory[str]) -> None:
+def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if process.stdin:
         process.stdin.close()
-    connection.close()
     folder.cleanup()

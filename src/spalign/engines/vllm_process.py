@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 
@@ -46,18 +49,37 @@ class Failed(NamedTuple):
     message: str
 
 
+class Call(NamedTuple):
+    """Jobs that are wanted together. Several calls are under way at the same time; what was asked for first runs first."""
+
+    number: int
+    jobs: list[Job]
+
+
+class Stop(NamedTuple):
+    """Nobody waits for this call any more."""
+
+    number: int
+
+
+class Some(NamedTuple):
+    """What is done of a call. over: it is the last of it; a call has one such."""
+
+    number: int
+    done: list[Done]
+    over: bool
+
+
 def main(fd: int) -> None:
-    """Load the model that the first message describes, then do every list of jobs that comes; a message during one ends it early."""
+    """Load the model that the first message describes, then do every call that comes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection = Connection(fd)
     try:
-        settings = connection.recv()
-        serve = Server(settings)
+        serve = Server(connection.recv())
         connection.send(Ready(serve.window))
-        while True:
-            message = connection.recv()
-            if isinstance(message, list):
-                serve.do(message, connection)
+        inbox: SimpleQueue[Call | Stop | None] = SimpleQueue()
+        threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
+        serve.until_none(inbox, connection.send)
     except EOFError:
         pass
     except BaseException as e:
@@ -66,10 +88,26 @@ def main(fd: int) -> None:
         raise
 
 
+def _listen(connection: Connection, inbox: SimpleQueue[Call | Stop | None]) -> None:
+    """In a thread of its own, so that who sends never waits for who computes. None: nobody sends any more."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(connection.recv())
+    inbox.put(None)
+
+
 def _end_with_parent() -> None:
     """Standard input is held open by the parent and never written to."""
     sys.stdin.buffer.read()
     os.killpg(0, signal.SIGKILL)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A call under way. left: numbers of its jobs that are not done."""
+
+    jobs: list[Job]
+    left: set[int]
 
 
 class Server:
@@ -82,33 +120,50 @@ class Server:
         adapter = settings.pop("adapter", None)
         self._lora = LoRARequest("policy", 1, adapter) if adapter else None
         self._engine = LLM(**settings).llm_engine
+        self._calls: dict[int, _Waiting] = {}
 
     @property
     def window(self) -> int:
         return int(self._engine.model_config.max_model_len)
 
-    def do(self, jobs: list[Job], connection: Connection) -> None:
-        """Send a list of `Done` whenever some are, and None at the end."""
-        for number in range(len(jobs)):
-            self._add(jobs, number)
-        try:
-            while self._engine.has_unfinished_requests() and not connection.poll():
-                finished = [o for o in self._engine.step() if o.finished]
-                if done := [d for o in finished if (d := self._done(jobs, o)) is not None]:
-                    connection.send(done)
-        finally:
-            left = [str(n) for n in range(len(jobs))] if self._engine.has_unfinished_requests() else []
-            self._engine.abort_request(left)
-        connection.send(None)
+    def until_none(self, inbox: SimpleQueue[Call | Stop | None], send: Callable[[Some], None]) -> None:
+        """Do what comes, step by step; `send` results whenever there are some."""
+        while True:
+            while not (inbox.empty() and self._engine.has_unfinished_requests()):
+                if (message := inbox.get()) is None:
+                    return
+                self._begin(message, send)
+            self._step(send)
 
-    def _add(self, jobs: list[Job], number: int, *, anew: bool = False) -> None:
+    def _begin(self, message: Call | Stop, send: Callable[[Some], None]) -> None:
+        if isinstance(message, Call):
+            self._calls[message.number] = _Waiting(message.jobs, set(range(len(message.jobs))))
+            for n in range(len(message.jobs)):
+                self._add(message.number, n)
+        elif waiting := self._calls.pop(message.number, None):  # else it was over before the message came
+            self._engine.abort_request([f"{message.number}-{n}" for n in waiting.left])
+            send(Some(message.number, [], over=True))
+
+    def _step(self, send: Callable[[Some], None]) -> None:
+        found: dict[int, list[Done]] = {}
+        for out in self._engine.step():
+            call, n = map(int, out.request_id.split("-"))
+            if out.finished and call in self._calls and (done := self._done(call, n, out)) is not None:
+                self._calls[call].left.remove(n)
+                found.setdefault(call, []).append(done)
+        for call, some in found.items():
+            if over := not self._calls[call].left:
+                del self._calls[call]
+            send(Some(call, some, over))
+
+    def _add(self, call: int, number: int, *, anew: bool = False) -> None:
         """anew: without what is remembered of earlier prompts."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         from spalign.engines.vllm_sampler import ARGUMENT
 
-        job = jobs[number]
+        job = self._calls[call].jobs[number]
         params = SamplingParams(
             temperature=0,
             max_tokens=job.limit,
@@ -121,15 +176,15 @@ class Server:
             detokenize=False,
             flat_logprobs=True,
         )
-        self._engine.add_request(str(number), {"prompt_token_ids": list(job.ids)}, params, lora_request=self._lora)
+        self._engine.add_request(f"{call}-{number}", {"prompt_token_ids": list(job.ids)}, params, lora_request=self._lora)
 
-    def _done(self, jobs: list[Job], out: Any) -> Done | None:
+    def _done(self, call: int, number: int, out: Any) -> Done | None:
         """None where the job has to run again: of tokens that were remembered vLLM knows no log-probabilities."""
-        number, job = int(out.request_id), jobs[int(out.request_id)]
+        job = self._calls[call].jobs[number]
         read: tuple[float, ...] = ()
         if job.read_from is not None:
             if (out.num_cached_tokens or 0) > job.read_from - 1:
-                self._add(jobs, number, anew=True)
+                self._add(call, number, anew=True)
                 return None
             own = out.prompt_logprobs
             at = [own.start_indices[i] for i in range(job.read_from, len(job.ids))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from spalign.config import RunConfig
 from spalign.constitution import Constitution, Objective
-from spalign.engines.base import Ask, Batching, Completion, Engine, GenerateRequest, Pool, count_tokens, only
+from spalign.engines.base import Ask, Batching, Completion, Concurrent, Engine, GenerateRequest, count_tokens, only
 from spalign.errors import PromptError
 from spalign.report import Progress
 from spalign.report.progress import Tick
@@ -51,7 +51,7 @@ class MeteredEngine:
     """An engine that counts the tokens it generates and tells a progress bar; `inner` is the engine as it is.
 
     model: its digest. stage: where it works: completions that stand in its journal are not generated again, and every new one is written
-    there before it is handed on. Several threads may call it; an engine that is no pool has one call at a time.
+    there before it is handed on. Several threads may call it; an engine that is not `Concurrent` has one call at a time.
     """
 
     def __init__(self, engine: Engine, model: str, stage: Stage | None = None, turn: threading.RLock | None = None) -> None:
@@ -73,15 +73,15 @@ class MeteredEngine:
     @property
     def width(self) -> int:
         """How many threads' calls run at the same time."""
-        return self.inner.width if isinstance(self.inner, Pool) else 1
+        return self.inner.width if isinstance(self.inner, Concurrent) else 1
 
     def stop(self) -> None:
         """Calls under way fail, where others than this thread's can be."""
-        if isinstance(self.inner, Pool):
+        if isinstance(self.inner, Concurrent):
             self.inner.close()
 
     def _alone(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if isinstance(self.inner, Pool) else self._turn
+        return contextlib.nullcontext() if isinstance(self.inner, Concurrent) else self._turn
 
     @property
     def window(self) -> int:

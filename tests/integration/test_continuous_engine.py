@@ -1,0 +1,121 @@
+"""Transformers' continuous batching, on the CPU, against static batches: the same answers in float32, whatever runs beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers.generation.continuous_batching import continuous_api
+
+from spalign.config import EngineConfig, config_from
+from spalign.engines import continuous
+from spalign.engines.base import Batching, Completion, GenerateRequest, Sampling
+from spalign.engines.continuous import ContinuousEngine
+from spalign.engines.make import load_engine
+from spalign.engines.transformers import TransformersEngine
+from spalign.errors import ConfigError, EngineError
+from spalign.types import Message
+
+pytestmark = pytest.mark.model
+
+HERE = EngineConfig(dtype="float32", device="cpu", batch_size=5)
+SIDE_BY_SIDE = HERE.model_copy(update={"batching": "continuous"})
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path) -> TransformersEngine:
+    return TransformersEngine.load(str(tiny_model), HERE)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> ContinuousEngine:
+    engine = load_engine(str(tiny_model), SIDE_BY_SIDE)
+    assert isinstance(engine, ContinuousEngine)
+    return engine
+
+
+def requests(how: Sampling, count: int = 7) -> list[GenerateRequest]:
+    texts = [f"Say {n} in {n % 3} words" + " please" * (11 * n) for n in range(count)]
+    return [GenerateRequest(str(n), (Message("user", text),), (n, n + 1), how) for n, text in enumerate(texts)]
+
+
+def by_place(completions: list[Completion]) -> dict[tuple[str, int], Completion]:
+    found = {(c.request_id, c.index): c for c in completions}
+    assert len(found) == len(completions)
+    return found
+
+
+@pytest.mark.parametrize("how", [Sampling(0.0, 1.0, 40), Sampling(1.0, 1.0, 40), Sampling(0.8, 0.9, 70), Sampling(1.0, 0.95, 1)])
+def test_answers_are_those_of_static_batches(engine: ContinuousEngine, plain: TransformersEngine, how: Sampling):
+    want = by_place(list(plain.generate(requests(how))))
+    assert by_place(list(engine.generate(requests(how)))) == want
+    # a call may mix ways of sampling; and the model answers as before afterwards
+    mixed = [*requests(how), *(GenerateRequest(f"greedy {r.id}", r.messages, r.seeds, Sampling(0.0, 1.0, 3)) for r in requests(how))]
+    got = by_place(list(engine.generate(mixed)))
+    assert {key: c for key, c in got.items() if "greedy" not in key[0]} == want
+    assert len(got) == 2 * len(want)
+    assert by_place(list(TransformersEngine.generate(engine, requests(how)))) == want
+
+
+def test_answers_come_as_they_end_and_a_caller_may_leave(engine: ContinuousEngine, plain: TransformersEngine):
+    short = GenerateRequest("short", (Message("user", "a"),), (4,), Sampling(1.0, 1.0, 2))
+    long = GenerateRequest("long", (Message("user", "a"),), (4,), Sampling(1.0, 1.0, 900))
+    answers = engine.generate([long, short])
+    assert next(answers).request_id == "short"
+    answers.close()  # type: ignore[attr-defined]
+    assert by_place(list(engine.generate([short]))) == by_place(list(plain.generate([short])))
+
+
+def test_sequences_that_are_put_back_for_want_of_memory_keep_their_numbers(
+    engine: ContinuousEngine, plain: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+):
+    how = Sampling(1.0, 0.9, 150)  # the tail of a random model is so flat that the last bit of a sum decides there
+    whole = engine._settings
+    for one in (engine, plain):
+        monkeypatch.setattr(one.tokens, "eos", {49_151})  # they go on to the limit
+
+    def settings(work):
+        found = whole(work)
+        found.num_blocks = 10  # of 32 tokens; one sequence needs up to eight
+        return found
+
+    put_back = []
+    states = continuous.RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        continuous.RequestState, "create_equivalent_initial_request", lambda state: put_back.append(state.request_id) or states(state)
+    )
+    monkeypatch.setattr(engine, "_settings", settings)
+    assert by_place(list(engine.generate(requests(how, 5)))) == by_place(list(plain.generate(requests(how, 5))))
+    assert put_back
+
+
+def test_a_failure_is_an_error_not_an_answer(engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch):
+    def fails(steps: object) -> None:
+        steps.fail_all_requests(MemoryError("no\x1b[2J room"))  # as it does itself with requests that it cannot go on with
+
+    asked = requests(Sampling(1.0, 1.0, 10))
+    with monkeypatch.context() as patch:
+        patch.setattr(continuous_api.ContinuousBatchProcessor, "update_batch", fails)
+        with pytest.raises(EngineError, match=r"continuous batching failed on prompt '\d': no.* room\n  fix: if it is short of memory"):
+            list(engine.generate(asked))
+    assert len(list(engine.generate(asked))) == 14  # the next call is not harmed
+
+
+def test_a_prompt_longer_than_the_window_is_refused_before_any_work(engine: ContinuousEngine):
+    long = GenerateRequest("long one", (Message("user", "word " * 3000),), (1,), Sampling(1.0, 1.0, 8))
+    with pytest.raises(EngineError, match=r"prompt 'long one' has .* exceeds the model's window of 2048"):
+        list(engine.generate([*requests(Sampling(1.0, 1.0, 8)), long]))
+
+
+def test_it_is_not_taken_for_one_whose_batches_can_run_again(engine: ContinuousEngine, plain: TransformersEngine):
+    assert isinstance(plain, Batching)
+    assert not isinstance(engine, Batching)
+
+
+def test_where_it_can_be_asked_for():
+    assert SIDE_BY_SIDE.matters() != HERE.matters()
+    ray = {"kind": "ray", "batching": "continuous"}
+    assert config_from({"name": "x", "engine": ray}).engine.in_worker().batching == "continuous"
+    for kind in ({"kind": "vllm"}, {"kind": "ray", "worker": "vllm"}, {"kind": "openai", "base_url": "http://localhost:1/v1"}):
+        with pytest.raises(ConfigError, match="batching: continuous is an option of kind transformers"):
+            config_from({"name": "x", "engine": {**kind, "batching": "continuous"}})
