@@ -11,6 +11,9 @@ from typing import Any, Literal, Self
 SCORE_MAX = 10.0
 """Self-scores lie in 0..10, higher is better, for every scorer and objective."""
 
+ILL_MEANT = "ill_meant"
+"""The intent of prompts that should be declined; all other intents are safe to help with."""
+
 
 class DropReason(StrEnum):
     """Why a group left the flow. Every group that leaves has exactly one."""

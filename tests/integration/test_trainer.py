@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from spalign.config import GuardConfig
-from spalign.errors import DataError
+from spalign.errors import DataError, ModelError
 from spalign.training import head
 from spalign.training.batches import Layout, collate, layout_for, prepare, response_logps
 from spalign.training.groups import TrainingGroup, TrainingPair
@@ -228,6 +229,52 @@ def test_every_kind_of_model_gives_the_numbers_of_a_row_of_its_own(family: str) 
     model.zero_grad()
     own_rows(model).sum().backward()
     assert gap(got, gradient(model)) < 1e-4
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own reference of flex attention, with a backward pass on any device; only its kernel for CPUs lacks one, so it is refused."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr("spalign.training.batches.check_device", lambda _: None)
+    monkeypatch.setattr("spalign.training.flex.kernel", lambda: flex_attention)
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("family", ["llama", *(f for f, (_, layout) in FAMILIES.items() if layout == "packed")])
+def test_flex_attention_gives_the_numbers_of_a_row_of_its_own(family: str) -> None:
+    changes, _ = FAMILIES.get(family, ({}, ""))
+    torch.manual_seed(0)
+    shape = {**SHAPE, "pad_token_id": PAD, "eos_token_id": EOS, **changes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).eval()
+    plain = own_rows(model)
+    assert prepare(model, "flex") == "flex"
+    means, _ = response_logps(model, collate(GROUPS, layout="flex", pad=PAD))
+    assert float(((means - plain) / plain).detach().abs().max()) < 1e-5
+    pull = torch.linspace(-1, 2, len(means))
+    (means * pull).sum().backward()
+    got = gradient(model)
+    model.zero_grad()
+    (own_rows(model) * pull).sum().backward()
+    assert gap(got, gradient(model)) < 1e-4
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_trainer_s_step_with_flex_attention(tmp_path: Path, truth: tuple[float, Tensor], checkpointing: bool) -> None:
+    trainer = trainer_for(tmp_path, llama(), attention="flex", gradient_checkpointing=checkpointing)
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    loss, grad = step(trainer, split(GROUPS, 2, "flex"))
+    assert loss == pytest.approx(truth[0], rel=1e-5)
+    assert gap(grad, truth[1]) < 1e-5
+
+
+def test_flex_attention_where_it_cannot_train_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"flex attention trains on CUDA, and the model is on 'cpu'.*\n  fix: set train.attention=rows"):
+        trainer_for(tmp_path, llama(), attention="flex")
+    with pytest.raises(ValueError, match="attention must be rows or flex"):
+        arguments(tmp_path, attention="ring")
 
 
 def test_eager_attention_uses_padded_rows() -> None:

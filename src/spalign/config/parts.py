@@ -22,10 +22,16 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+PublicName = Literal["pku_saferlhf", "wildguard", "honeset", "jailbreaktrigger", "xstest", "harmbench", "advbench"]
+
+
 class PromptSource(Part):
-    """Where prompts come from: a shipped set (`high_stakes_train`, ...), a JSONL/CSV/Parquet file, or a hub data set."""
+    """Where prompts come from: a shipped set (`high_stakes_train`, ...), a JSONL/JSON/CSV/Parquet file, or a hub data set."""
 
     source: str
+    """Also the name of a public set that is on the hub, as in `format`."""
+    format: PublicName | None = None
+    """A public set whose own columns the file or data set has: they say prompt, topic and intent, and a repeated prompt is left out."""
     column: str = "prompt"
     """Column with the prompt: text, or a list of {role, content} turns."""
     split: str = "train"
@@ -34,6 +40,12 @@ class PromptSource(Part):
     """Configuration of a hub data set."""
     limit: PositiveInt | None = None
     """Take this many, spread evenly over intent and topic."""
+
+    @model_validator(mode="after")
+    def _columns_are_the_format_s(self) -> Self:
+        if self.format and "column" in self.model_fields_set:
+            raise ValueError(f"column: the format {self.format} says which it is; leave it out")
+        return self
 
 
 class PromptsConfig(Part):
@@ -262,6 +274,8 @@ class TrainConfig(Part):
     """Prompts (with all their pairs) in one optimiser step, over all processes."""
     prompts_per_forward: PositiveInt = 1
     """Prompts in one forward pass of one process, a divisor of prompts_per_step; does not change the result."""
+    attention: Literal["rows", "flex"] = "rows"
+    """Over a prompt and its responses in one row: by plain causal kernels, or by torch's flex attention (CUDA); same numbers."""
     accelerate: str | None = None
     """A file for `accelerate launch` (see configs/accelerate): training runs in its processes instead of in this one; same result."""
     beta: Annotated[float, Field(gt=0)] | None = None

@@ -9,10 +9,7 @@ from typing import Any
 from spalign.config import GateConfig
 from spalign.evaluation.gate import GateResult, priority_gate
 from spalign.evaluation.metrics import Interval, bootstrap_mean, refused, repetition
-from spalign.types import PromptGroup, Response
-
-ILL_MEANT = "ill_meant"
-"""The intent of prompts that should be declined; all other intents are safe to help with."""
+from spalign.types import ILL_MEANT, PromptGroup, Response
 
 MAX_LENGTH_RATIO = 1.5
 

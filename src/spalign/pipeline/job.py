@@ -158,6 +158,7 @@ def _arguments(job: TrainJob, *, on_cpu: bool, bf16: bool) -> Any:
         gamma=train.gamma,
         alpha=train.alpha,
         sft_weight=train.sft_weight,
+        attention=train.attention,
         learning_rate=train.learning_rate,
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.prompts_per_forward,

@@ -189,8 +189,10 @@ def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None)
     constitution = config.constitution_for_run()
     for recipe in config.compare:
         config.with_recipe(recipe).constitution_for_run()
-    train = prompt_sets.load_prompts(config.prompts.train, config.prompts)
-    heldout = prompt_sets.load_prompts(config.prompts.heldout, config.prompts)
+    train, heldout = (
+        prompt_sets.load_prompts(source, config.prompts, note=lambda text: ui.line(f"note: {text}", style="yellow"))
+        for source in (config.prompts.train, config.prompts.heldout)
+    )
     prompt_sets.check_disjoint(train, heldout)
     if config.sample.n <= len(constitution.objectives):
         ui.line(

@@ -6,12 +6,13 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from spalign.config import PromptsConfig, PromptSource
 from spalign.errors import PromptError
+from spalign.prompts._public import PUBLIC, named, translated
 from spalign.prompts._read import exists, read_file, read_hub
 from spalign.prompts._rows import Mistake, Table, prompts_from, quoted, refuse
 from spalign.text import words
@@ -26,12 +27,20 @@ def shipped_sets() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".jsonl") for f in folder.iterdir() if f.name.endswith(".jsonl")))
 
 
-def load_prompts(source: PromptSource, config: PromptsConfig) -> list[Prompt]:
+def load_prompts(source: PromptSource, config: PromptsConfig, *, note: Callable[[str], None] = lambda _: None) -> list[Prompt]:
     """The prompts of `source` in its order: all of them or `source.limit`, each with `config.suffix` on its last turn.
 
-    Raises PromptError for a source that cannot be read, and with all mistakes of its rows at once.
+    note: told how many repeated prompts of a public set were left out. Raises PromptError for a source that cannot be read, and with all
+    mistakes of its rows at once.
     """
+    source = named(source)
     prompts = prompts_from(_table(source), source.column, config.max_chars)
+    if source.format:
+        once = {_normal(p): p for p in reversed(prompts)}
+        kept = [p for p in prompts if once[_normal(p)] is p]
+        if left := len(prompts) - len(kept):
+            note(f"{source.source}: {left:,} prompts that repeat an earlier one are left out")
+        prompts = kept
     if source.limit is not None:
         prompts = _spread(prompts, source.limit, source.source)
     return [_with_suffix(p, config.suffix) for p in prompts]
@@ -60,20 +69,27 @@ def sha256(prompts: Sequence[Prompt]) -> str:
 
 def _table(source: PromptSource) -> Table:
     """The rows of the source; raises PromptError where there is no such source."""
+    if source.format:
+        return translated(_read(source, PUBLIC[source.format].columns), source.format)
+    return _read(source, (source.column,))
+
+
+def _read(source: PromptSource, wanted: Sequence[str]) -> Table:
     name = source.source
     path = Path(name)
     if name in shipped_sets():
-        return read_file(Path(str(files("spalign").joinpath("prompts", f"{name}.jsonl"))), (source.column,))
+        return read_file(Path(str(files("spalign").joinpath("prompts", f"{name}.jsonl"))), wanted)
     stands = bool(name.strip()) and exists(path)
     hub_name = name.count("/") == 1 and all(name.split("/")) and "." not in name
     if path.is_dir() if stands else hub_name:
-        return read_hub(source)
+        return read_hub(source, wanted)
     if stands or path.suffix or "/" in name:
-        return read_file(path, (source.column,))
-    close = difflib.get_close_matches(name, shipped_sets(), n=1)
+        return read_file(path, wanted)
+    close = difflib.get_close_matches(name, (*shipped_sets(), *PUBLIC), n=1)
     raise PromptError(
         f"no prompts {quoted(name)}" + (f"; did you mean '{close[0]}'?" if close else ""),
-        hint=f"name a shipped set ({', '.join(shipped_sets())}), a .jsonl, .csv or .parquet file, or a hub data set as org/name",
+        hint=f"name a shipped set ({', '.join(shipped_sets())}), a public one ({', '.join(PUBLIC)}), "
+        "a .jsonl, .json, .csv or .parquet file, or a hub data set as org/name",
     )
 
 

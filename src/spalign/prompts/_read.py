@@ -53,6 +53,22 @@ def _read_jsonl(path: Path, _wanted: Sequence[str]) -> Table:
     return Table(str(path), head, tuple(columns), rows)
 
 
+def _read_json(path: Path, _wanted: Sequence[str]) -> Table:
+    shape = 'write a list of objects, such as [{"prompt": "..."}]; for one object a line use .jsonl'
+    try:
+        values = json.loads(read_text(path, PromptError), strict=False)
+    except json.JSONDecodeError as e:
+        raise PromptError(f"{path}:{e.lineno}: not valid JSON: {e.msg} (column {e.colno})", hint=shape) from None
+    except (ValueError, RecursionError):
+        raise PromptError(f"{path}: not valid JSON: too long a number or too deeply nested", hint=shape) from None
+    if not isinstance(values, list):
+        raise PromptError(f"{path}: not a list of objects", hint=shape)
+    wheres = [f"{path}: row {n}" for n in range(1, len(values) + 1)]
+    rows = [Row(w, v) if isinstance(v, dict) else Mistake(w, "not a JSON object", shape) for w, v in zip(wheres, values, strict=True)]
+    columns = dict.fromkeys(name for row in rows if isinstance(row, Row) for name in row.values)
+    return Table(str(path), str(path), tuple(columns), rows)
+
+
 def _json_row(line: str, where: str) -> Row | Mistake:
     shape = 'write one object a line, such as {"prompt": "..."}'
     try:
@@ -127,8 +143,8 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
     return Table(str(path), str(path), columns, _numbered(str(path), values))
 
 
-def read_hub(source: PromptSource) -> Table:
-    """The table of a hub data set, or of a folder that `datasets` can load; every failure is a PromptError."""
+def read_hub(source: PromptSource, wanted: Sequence[str]) -> Table:
+    """The table of a hub data set, or of a folder that `datasets` can load, as `read_file`; every failure is a PromptError."""
     name = source.source
     try:
         import datasets
@@ -137,7 +153,7 @@ def read_hub(source: PromptSource) -> Table:
     try:
         data = datasets.load_dataset(name, source.subset, split=source.split)
         columns = tuple(data.column_names)
-        values = data.select_columns(_needed(columns, (source.column,))).to_list()
+        values = data.select_columns(_needed(columns, wanted)).to_list()
     except Exception as e:  # whatever the hub, the network or the files answer
         raise PromptError(f"{name} (split '{source.split}'): cannot be loaded: {_brief(e)}", hint=_advice(e, name)) from e
     return Table(name, name, columns, _numbered(name, values))
@@ -176,6 +192,7 @@ def _brief(error: Exception) -> str:
 READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {
     ".jsonl": _read_jsonl,
     ".json-lines": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from spalign.engines.attention import grouped_attention
 from spalign.training.causal import SHORT, causal_attention
+from spalign.training.flex import attend
 
 NAME = "spalign_grouped_sdpa_training"
 
@@ -80,11 +81,13 @@ def attention(
 ) -> tuple[Tensor, None]:
     """query: (1, heads, tokens, dim); key, value: (1, kv heads, tokens, dim). Returns (1, tokens, heads, dim).
 
-    packed: what `lay_out` says, and `positions` (tokens,). Without it this is the attention that engines use.
+    packed: what `lay_out` or `flex.mark` says, and `positions` (tokens,). Without it this is the attention that engines use.
     """
     if packed is None:
         return grouped_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     window = kwargs.get("sliding_window")
+    if "branch" in packed:
+        return attend(query, key, value, packed, scaling=scaling, window=window).transpose(1, 2), None
     outputs = []
     for block in packed["blocks"]:
         q, (k, v) = _rows(query, block["queries"]), (_rows(x, block["keys"]) for x in (key, value))

@@ -1,13 +1,14 @@
 """Batches of groups, and the mean log-probability of every response in them.
 
-`packed`: each group is one stretch of a single row, its prompt once and then each response. No padding, no prompt twice. `padded`: one row
-a response, for models whose attention is not the plain causal one (recurrent layers, ALiBi, soft caps). Both give the same numbers.
+`packed`: each group is one stretch of a single row, its prompt once and then each response. No padding, no prompt twice. `flex`: the same
+row, attention by torch's flex attention (CUDA). `padded`: one row a response, for models whose attention is not the plain causal one
+(recurrent layers, ALiBi, soft caps). All give the same numbers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,12 +19,13 @@ from spalign.engines.attention import NAME as GROUPED_DECODING
 from spalign.engines.loading import keep_backward
 from spalign.errors import ModelError
 from spalign.training.attention import NAME, lay_out, register
+from spalign.training.flex import check_device, mark
 from spalign.training.groups import TrainingGroup, TrainingPair
 from spalign.training.head import add_logps
 
 logger = logging.getLogger(__name__)
 
-Layout = Literal["packed", "padded"]
+Layout = Literal["packed", "flex", "padded"]
 
 
 def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dic
         chosen += [first + p.chosen for p in g.pairs]
         rejected += [first + p.rejected for p in g.pairs]
         first += len(g.responses)
-    batch = _packed(groups) if layout == "packed" else _padded(groups, pad)
+    batch = _padded(groups, pad) if layout == "padded" else _packed(groups, lay_out if layout == "packed" else mark)
     batch |= {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "names": [g.name for g in groups]}
     batch["per_group"] = [len(g.pairs) for g in groups]
     batch["gaps"] = torch.tensor([p.gap for g in groups for p in g.pairs], dtype=torch.float32)
@@ -51,8 +53,11 @@ def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dic
     return batch
 
 
-def _packed(groups: Sequence[TrainingGroup]) -> dict[str, Any]:
-    """One row. `source`: for each response token in order, the place whose output predicts it; `owner`: its response."""
+def _packed(groups: Sequence[TrainingGroup], lay_out: Callable[[list[tuple[range, list[range]]]], dict[str, Any]]) -> dict[str, Any]:
+    """One row. lay_out: what attention needs to know of it.
+
+    `source`: for each response token in order, the place whose output predicts it; `owner`: its response.
+    """
     ids: list[int] = []
     positions: list[int] = []
     source: list[int] = []
@@ -109,21 +114,25 @@ def without_groups_after(batch: dict[str, Any], count: int) -> None:
 _CHECK = TrainingGroup((3, 7, 4, 9, 5), ((8, 6, 2), (5, 3, 9, 7, 4, 8), (6, 2, 8, 3)), (TrainingPair(0, 1, 1.0),), "check")
 
 
-def prepare(model: Any) -> Layout:
+def prepare(model: Any, attention: Literal["rows", "flex"] = "rows") -> Layout:
     """Give `model` the attention and the LM head that `response_logps` uses; returns the layout it takes. Generating is as before.
 
-    What is fastest is tried first and held against the model's own logits on a few tokens; what does not give the same numbers (an
-    attention that goes its own way, a head that does more than its configuration says) is not used, with a warning. Raises ModelError if
-    nothing does.
+    attention: over a packed row. What is fastest is tried first and held against the model's own logits on a few tokens; what does not
+    give the same numbers (an attention that goes its own way, a head that does more than its configuration says) is not used, with a
+    warning. Raises ModelError if nothing does, and for `flex` where the model is not on CUDA.
     """
     if hasattr(model, "spalign_layout"):
         return model.spalign_layout  # type: ignore[no-any-return]
-    wanted, attention = layout_for(model.config), model.config._attn_implementation
+    wanted, own = layout_for(model.config), model.config._attn_implementation
+    if attention == "flex":
+        check_device(model.device)
+        wanted = "flex" if wanted == "packed" else wanted
     keep_backward(model)
     add_logps(model)
     here = not any(p.is_meta or not p.numel() for p in model.parameters())  # ZeRO-3 has them elsewhere: nothing to check on
-    for layout in dict.fromkeys((wanted, "padded")):
-        model.set_attn_implementation(register() if layout == "packed" else attention)
+    layouts: tuple[Layout, ...] = ("flex", "packed", "padded")
+    for layout in layouts[layouts.index(wanted) :]:
+        model.set_attn_implementation(own if layout == "padded" else register())
         for model.spalign_tiled in (True, False):
             if not here or _same_numbers(model, layout):
                 if (layout, model.spalign_tiled) != (wanted, True):

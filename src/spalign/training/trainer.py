@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -35,6 +35,7 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
     sft_weight: of the mean negative log-probability a token of the pairs' chosen responses, added to a loss of pairs (CPO's `cpo_alpha`).
     weight_column, margin_column: columns of the data to take a pair's weight (instead of Eq. 3's, for every loss of pairs) or its margin
     (instead of gamma) from.
+    attention: over a packed row: `rows`, by plain causal kernels on any device, or `flex`, by torch's flex attention on CUDA.
     max_length: rows whose prompt and completion exceed it are dropped and counted (None: the model's window).
     """
 
@@ -45,6 +46,7 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
     sft_weight: float = field(default=0.0, metadata={"help": "Weight of the chosen responses' negative log-likelihood beside the pairs."})
     weight_column: str | None = field(default=None, metadata={"help": "Column with the weights of pairs."})
     margin_column: str | None = field(default=None, metadata={"help": "Column with the target margins of pairs."})
+    attention: Literal["rows", "flex"] = field(default="rows", metadata={"help": "rows or flex (CUDA)."})
     max_length: int | None = field(default=None, metadata={"help": "Longest prompt plus completion, in tokens."})
     learning_rate: float = field(default=1e-6, metadata={"help": "AdamW's peak learning rate."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
@@ -55,6 +57,8 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
         super().__post_init__()
         if self.loss not in _BETA:
             raise ValueError(f"loss must be one of {', '.join(_BETA)}; got {self.loss!r}")
+        if self.attention not in ("rows", "flex"):
+            raise ValueError(f"attention must be rows or flex; got {self.attention!r}")
         if self.beta is None:
             self.beta = _BETA[self.loss]
         if self.beta <= 0 or min(self.gamma, self.alpha, self.sft_weight) < 0:
@@ -110,7 +114,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         self.train_dataset: list[TrainingGroup]
         self.dropped: dict[str, int] = {}
         groups = self._groups(train_dataset, model, args, processing_class)
-        layout = prepare(model)
+        layout = prepare(model, args.attention)
         if peft_config is not None:
             from peft import get_peft_model
 
