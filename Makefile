@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 # ENGINE=vllm: with vLLM on the CPU.
 ENGINE ?= transformers
-WITH := $(if $(filter vllm,$(ENGINE)),--set engine.kind=vllm --set name=demo-vllm)
+WITH := $(if $(filter vllm,$(ENGINE)),--set engine.kind=vllm --set engine.hidden_states=true --set name=demo-vllm)
 
 .PHONY: run test lint setup clean
 

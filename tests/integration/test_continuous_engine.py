@@ -113,6 +113,8 @@ def test_it_is_not_taken_for_one_whose_batches_can_run_again(engine: ContinuousE
 
 
 def test_where_it_can_be_asked_for():
+    with pytest.raises(ConfigError, match="hidden_states is an option of kind vllm"):
+        config_from({"name": "x", "engine": {"hidden_states": True}})
     assert SIDE_BY_SIDE.matters() != HERE.matters()
     ray = {"kind": "ray", "batching": "continuous"}
     assert config_from({"name": "x", "engine": ray}).engine.in_worker().batching == "continuous"

@@ -269,4 +269,4 @@ def test_settings_of_the_pool_are_refused_elsewhere(setting: str):
 
 def test_results_of_a_pool_and_of_one_engine_are_interchangeable():
     assert POOL.matters() == HERE.matters()
-    assert POOL.model_copy(update={"worker": "vllm"}).matters() == HERE.model_copy(update={"kind": "vllm"}).matters()
+    assert POOL.model_copy(update={"worker": "vllm", "hidden_states": True}).matters() == HERE.model_copy(update={"kind": "vllm"}).matters()

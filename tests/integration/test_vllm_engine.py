@@ -303,6 +303,20 @@ def test_no_hidden_states_so_no_probe(tiny: VLLMEngine) -> None:
         judge_check(tiny, [objective], labelled, ("probe",))
 
 
+def test_hidden_states_come_from_transformers_where_they_are_asked_for(tiny_model: Path) -> None:
+    plain = TransformersEngine.load(str(tiny_model), EngineConfig(dtype="float32", device="cpu"))
+    engine = VLLMEngine(str(tiny_model), EXACT.model_copy(update={"hidden_states": True}))
+    try:
+        assert "representations" in engine.capabilities
+        pairs = [(engine.encode_chat(user(t)), engine.encode_response(a)) for t in TEXTS for a in ANSWERS]
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(lambda p: engine.representations(p, (0.0, 0.5, 1.0)), (pairs, pairs)))
+        assert found == [plain.representations(pairs, (0.0, 0.5, 1.0))] * 2
+    finally:
+        engine.close()
+    assert engine._beside is None
+
+
 # the process
 
 

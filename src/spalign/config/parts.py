@@ -67,7 +67,7 @@ class PromptsConfig(Part):
 _ALIKE = {"dtype", "device", "trust_remote_code"}
 """What an engine's answers depend on, beside its kind."""
 
-_HERE = {*_ALIKE, "batch_size", "batching", "memory"}
+_HERE = {*_ALIKE, "batch_size", "batching", "memory", "hidden_states"}
 """What says how a model is run by this process or a worker of it."""
 
 _OF_RAY = ("worker", "workers", "worker_cpus", "worker_gpus", "address")
@@ -89,6 +89,9 @@ class EngineConfig(Part):
     memory: Annotated[float, Field(gt=0)] | None = None
     """vLLM: share of the GPU's memory that it may take (default 0.9); on a CPU, GiB for keys and values (default 4).
     transformers with continuous batching: share of a GPU's free memory for keys and values."""
+    hidden_states: bool = False
+    """vLLM: give hidden states too, which the scorer probe needs: the same model runs in transformers beside it, so its weights are there
+    twice."""
     trust_remote_code: bool = False
     base_url: str | None = None
     """openai: where the server is, usually ending in /v1. The model's name there is the run's `model`, or the judge's name."""
@@ -119,10 +122,15 @@ class EngineConfig(Part):
         """Whether the model runs on a server, of which only the name is known here."""
         return self.kind == "openai"
 
+    @property
+    def by(self) -> str:
+        """What runs the model, here or in a worker."""
+        return self.worker if self.kind == "ray" else self.kind
+
     def matters(self) -> dict[str, Any]:
         """What results depend on, for a stage's digest: not how many at a time, nor where a server is and how patiently it is asked."""
         batching = {"batching": self.batching} if self.batching != "static" else {}
-        return {**self.model_dump(include=_ALIKE), **batching, "kind": self.worker if self.kind == "ray" else self.kind}
+        return {**self.model_dump(include=_ALIKE), **batching, "kind": self.by}
 
     def here(self) -> EngineConfig:
         """How a model that the run itself made is run: no server has it."""
@@ -157,8 +165,10 @@ class EngineConfig(Part):
         given = [f for f in _OF_RAY if getattr(self, f) != type(self).model_fields[f].default]
         if self.kind != "ray" and given:
             raise ValueError(f"{', '.join(given)}: for kind ray, and the kind is {self.kind}; set kind: ray")
-        if self.batching == "continuous" and (self.worker if self.kind == "ray" else self.kind) != "transformers":
+        if self.batching == "continuous" and self.by != "transformers":
             raise ValueError("batching: continuous is an option of kind transformers; vllm and servers batch so by themselves")
+        if self.hidden_states and self.by != "vllm":
+            raise ValueError("hidden_states is an option of kind vllm; transformers has them, servers show none")
         return self
 
 

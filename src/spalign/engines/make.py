@@ -21,7 +21,7 @@ def load_engine(name: str, config: EngineConfig) -> Engine:
         from spalign.engines.vllm import VLLMEngine
 
         base, adapter = adapter_of(name)
-        return VLLMEngine(base, config, adapter=adapter)
+        return VLLMEngine(base, config, adapter=adapter, whole=name)
     if config.kind == "ray":
         from spalign.engines.ray import load_ray
 

@@ -278,7 +278,7 @@ def _capabilities(config: EngineConfig) -> frozenset[Capability]:
     if config.worker == "vllm":
         from spalign.engines.vllm import VLLMEngine
 
-        return VLLMEngine.capabilities
+        return VLLMEngine.capabilities_of(config)
     from spalign.engines.transformers import TransformersEngine
 
     return TransformersEngine.capabilities

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from spalign.engines.loading import device_of, inference_dtype, load_tokens
 from spalign.engines.models import resolve
 from spalign.engines.prefix_tree import Tokens
 from spalign.engines.tokens import TokenEngine
+from spalign.engines.transformers import TransformersEngine
 from spalign.engines.vllm_process import Call, Done, Failed, Job, Ready, Some, Stop
 from spalign.errors import ConfigError, EngineError
 from spalign.text import printable, shorten
@@ -56,7 +58,7 @@ def check_vllm(config: EngineConfig) -> None:
 
 
 class VLLMEngine(TokenEngine):
-    """Completions stream out as they finish; what prompts begin with alike runs once, also across calls. No hidden states.
+    """Completions stream out as they finish; what prompts begin with alike runs once, also across calls.
 
     Takes calls of two threads at the same time (`width`): the sequences of the second run where those of the first have ended.
 
@@ -68,10 +70,11 @@ class VLLMEngine(TokenEngine):
     capabilities: frozenset[Capability] = frozenset({"generate", "choice_logprobs", "loglikelihood"})
     width = 2
 
-    def __init__(self, name: str, config: EngineConfig, *, adapter: Path | None = None) -> None:
+    def __init__(self, name: str, config: EngineConfig, *, adapter: Path | None = None, whole: str | None = None) -> None:
         """Load a model by name (see `spalign.engines.models`). Raises ModelError or EngineError with what to do.
 
-        adapter: folder of a LoRA adapter on that model, as PEFT writes it; it is not merged.
+        adapter: folder of a LoRA adapter on that model, as PEFT writes it; it is not merged. whole: the model with it merged, by name, for
+        what vLLM does not show.
         """
         check_vllm(config)
         where = resolve(name)
@@ -79,11 +82,20 @@ class VLLMEngine(TokenEngine):
         self._process = _Process(_settings(where, config) | _lora(adapter), _environment(config))
         self._window = min(self._process.window, limit or self._process.window)
         self.prompt_tokens = self.cached_tokens = 0
-        self._counting = threading.Lock()
+        self._counting, self._turn = threading.Lock(), threading.Lock()
+        self.capabilities = self.capabilities_of(config)
+        self._beside: TransformersEngine | None = None
+        self._load_beside = partial(TransformersEngine.load, whole or name, config)
+
+    @classmethod
+    def capabilities_of(cls, config: EngineConfig) -> frozenset[Capability]:
+        more: frozenset[Capability] = frozenset({"representations"}) if config.hidden_states else frozenset()
+        return cls.capabilities | more
 
     def close(self) -> None:
         """End the process and give its memory back."""
         self._process.close()
+        self._beside = None
 
     @property
     def window(self) -> int:
@@ -121,7 +133,14 @@ class VLLMEngine(TokenEngine):
     def representations(
         self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], depths: Sequence[float]
     ) -> list[tuple[float, ...] | None]:
-        raise EngineError("the vLLM engine does not show hidden states", hint="set engine.kind=transformers, or use another scorer")
+        """By transformers, which loads the model at the first call."""
+        if "representations" not in self.capabilities:
+            raise EngineError(
+                "the vLLM engine does not show hidden states", hint="set engine.hidden_states=true (docs/engines.md), or use another scorer"
+            )
+        with self._turn:
+            self._beside = self._beside or self._load_beside()
+            return self._beside.representations(requests, depths)
 
     def _run(self, jobs: list[Job]) -> Iterator[Done]:
         for done in self._process.run(jobs):

@@ -150,7 +150,7 @@ def judging_step(
         "scorers": {o.name: own.scorer_of(o.name) for o in open_},
         "labelled": fingerprint(labelled),
         "bad_recall": own.bad_recall,
-        "engine": how.matters(),
+        "engine": {**how.matters(), **({"hidden_states": True} if how.hidden_states else {})},  # which scorers there are to try
     }
     stage = run.folder.stage(f"{base}/0-judge", inputs)
     judging = Judging(judge, objectives, known, stage, own.allow_weak_judge, differs)
