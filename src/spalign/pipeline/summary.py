@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spalign import prompts as prompt_sets
-from spalign.config import OUTLETS
+from spalign.config import OUTLETS, PromptSource
 from spalign.evaluation import Check, agreement, compare
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.pipeline.evaluate import groups_of
@@ -48,8 +48,8 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy], j
         "constitution": {"name": run.constitution.name, "sha256": run.constitution.sha256(), "objectives": names},
         "recipe": run.config.recipe,
         "prompts": {
-            "train": _prompts(run.config.prompts.train.source, run.train_prompts),
-            "heldout": _prompts(run.config.prompts.heldout.source, run.heldout_prompts),
+            "train": _prompts(run.config.prompts.train, run.train_prompts),
+            "heldout": _prompts(run.config.prompts.heldout, run.heldout_prompts),
         },
         "seed": run.config.seed,
         "train": run.config.train.model_dump(mode="json", exclude=OUTLETS),
@@ -85,7 +85,8 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy], j
     }
 
 
-def _prompts(source: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _prompts(asked: PromptSource, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    source = prompt_sets.named(asked).source
     kind = "shipped" if source in prompt_sets.shipped_sets() else "file" if Path(source).exists() else "hub"
     return {"source": source, "kind": kind, "count": len(prompts), "sha256": prompt_sets.sha256(prompts)}
 
