@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def make_tiny(demo_folder: Path, folder: Path, *, head_dim: int) -> Path:
+def make_tiny(demo_folder: Path, folder: Path, *, head_dim: int, ends: float = 0.1) -> Path:
     """The tiny model in `folder`; vLLM on a CPU takes no heads narrower than 32.
 
     Feature 0 of every embedding is large, so that after the last norm it is about 4 everywhere: the output row of the end-of-sequence
-    token turns it into a constant bias. About one token in ten ends the answer, so that few answers are empty and few exceed 24 tokens.
+    token turns it into a constant bias. About one token in ten (`ends`) ends the answer, so that few answers are empty and few exceed 24
+    tokens.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -46,7 +47,7 @@ def make_tiny(demo_folder: Path, folder: Path, *, head_dim: int) -> Path:
         hidden = model.model(ids).last_hidden_state.reshape(-1, 64)
         others = model.lm_head(hidden).logsumexp(-1).mean()
         model.lm_head.weight[eos] = 0
-        model.lm_head.weight[eos, 0] = (others + torch.log(torch.tensor(1 / 10))) / hidden[:, 0].mean()
+        model.lm_head.weight[eos, 0] = (others + torch.log(torch.tensor(ends))) / hidden[:, 0].mean()
         for choice in (" Yes", " No"):  # scores that spread
             model.lm_head.weight[tokenizer(choice, add_special_tokens=False)["input_ids"][0]] *= 3
     model.save_pretrained(folder)

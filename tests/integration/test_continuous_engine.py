@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.generation.continuous_batching import continuous_api
 
 from spalign.config import EngineConfig, config_from
@@ -93,12 +94,20 @@ def test_a_failure_is_an_error_not_an_answer(engine: ContinuousEngine, monkeypat
     def fails(steps: object) -> None:
         steps.fail_all_requests(MemoryError("no\x1b[2J room"))  # as it does itself with requests that it cannot go on with
 
-    asked = requests(Sampling(1.0, 1.0, 10))
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    asked, attention = requests(Sampling(1.0, 1.0, 10)), engine.model.config._attn_implementation
     with monkeypatch.context() as patch:
         patch.setattr(continuous_api.ContinuousBatchProcessor, "update_batch", fails)
         with pytest.raises(EngineError, match=r"continuous batching failed on prompt '\d': no.* room\n  fix: if it is short of memory"):
             list(engine.generate(asked))
+    with monkeypatch.context() as patch:
+        patch.setattr(continuous_api.ContinuousBatchProcessor, "_generation_step", out_of_memory)
+        with pytest.raises(EngineError, match="continuous batching failed as a whole: CUDA out of memory"):
+            list(engine.generate(asked))
     assert len(list(engine.generate(asked))) == 14  # the next call is not harmed
+    assert engine.model.config._attn_implementation == attention
 
 
 def test_a_prompt_longer_than_the_window_is_refused_before_any_work(engine: ContinuousEngine):

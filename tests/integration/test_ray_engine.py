@@ -167,8 +167,8 @@ def test_a_call_that_takes_every_worker_down_ends_with_an_error(pool: RayEngine,
 
 def test_a_worker_that_is_lost_whenever_it_loads_its_model_is_an_error(pool: RayEngine, monkeypatch: pytest.MonkeyPatch):
     """Short of memory, for example: the run ends with that, it does not wait for ever."""
-    monkeypatch.setattr("spalign.engines.ray._TRIES", 2)
-    monkeypatch.setattr("spalign.engines.ray._PATIENCE", 3.0)
+    for name, value in (("_TRIES", 2), ("_PATIENCE", 3.0)):
+        monkeypatch.setattr(f"spalign.engines.ray.{name}", value)
     over = threading.Event()
 
     def kill() -> None:
@@ -183,6 +183,7 @@ def test_a_worker_that_is_lost_whenever_it_loads_its_model_is_an_error(pool: Ray
     finally:
         over.set()
         thread.join()
+    monkeypatch.undo()  # two that are dead and have to start take their time on a busy machine
     assert len(by_place(list(pool.generate(requests(0, 2))))) == 4
 
 

@@ -63,6 +63,12 @@ def test_a_label_that_is_missing_says_nothing_of_the_intent(tmp_path, name, colu
     assert [p.intent for p in load(write(tmp_path, rows), format=name)] == list(values.values())
 
 
+def test_what_a_harmbench_behaviour_refers_to_goes_before_it(tmp_path):
+    row = {**ROWS["harmbench"], "ContextString": "A text."}
+    assert load(write(tmp_path, [row]), format="harmbench")[0].text == "A text.\n\n---\n\nP?"
+    assert load(write(tmp_path, [{**row, "ContextString": ""}]), format="harmbench")[0].text == "P?"
+
+
 def test_repeated_prompts_are_left_out_and_told(tmp_path):
     rows = [{"prompt": text} for text in ("How?", "Why?", "how", "How ?", "Why not?")]
     notes: list[str] = []
@@ -96,10 +102,18 @@ def test_names_of_sets_on_the_hub():
         load("jailbreaktrigger")
     with pytest.raises(PromptError, match="the source 'wildguard' is no file of format 'xstest'"):
         load("wildguard", format="xstest")
+    with pytest.raises(PromptError, match="the public set 'wildguard' says which column"):
+        load("wildguard", column="text")
     with pytest.raises(PromptError, match="did you mean 'wildguard'"):
         load("wildgaurd")
     with pytest.raises(PromptError, match=r"allenai/wildguardmix \(split 'test'\): cannot be loaded"):
         load("wildguard")  # the tests reach no hub
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("wildguard").mkdir()
+    assert named(PromptSource(source="wildguard")).source == "wildguard"
 
 
 def test_the_format_says_which_column():

@@ -114,7 +114,7 @@ class Batching(Protocol):
 
 @runtime_checkable
 class Concurrent(Protocol):
-    """An engine that works on several calls at the same time, and gives each what it would give it alone."""
+    """An engine that works on several calls at the same time, and gives each what it would give it alone, up to rounding."""
 
     width: int
     """So many calls, of as many threads, keep it busy."""

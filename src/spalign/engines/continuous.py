@@ -6,11 +6,10 @@ slower than static batches.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +19,13 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from spalign.config import EngineConfig
 from spalign.engines.base import Completion, GenerateRequest
 from spalign.engines.sampling import next_tokens, uniforms
 from spalign.engines.transformers import TransformersEngine
-from spalign.errors import EngineError
+from spalign.errors import ConfigError, EngineError
 from spalign.text import printable, shorten
 
 _PAGE = {True: 32, False: 256}  # tokens, on a CPU and elsewhere
@@ -51,6 +51,8 @@ class ContinuousEngine(TransformersEngine):
         engine = super().load(name, config)
         assert isinstance(engine, ContinuousEngine)
         engine.memory = config.memory
+        if config.memory is not None and config.memory > 1:
+            raise ConfigError(f"engine.memory {config.memory}: it is a share of the GPU's free memory, at most 1", hint="for example 0.5")
         return engine
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
@@ -67,15 +69,16 @@ class ContinuousEngine(TransformersEngine):
                 manager.add_request(ids, str(n), max_new_tokens=limit, eos_token_id=sorted(self.tokens.eos), **draw)
             steps, results, left = manager.batch_processor, manager.output_router.output_queue, len(work)
             while left:
-                if not steps.prepare_next_batch():
-                    raise AssertionError("there is work, and nothing was planned")
-                steps._generation_step(self.model)
-                steps.update_batch()
+                with _told():
+                    if not steps.prepare_next_batch():
+                        raise RuntimeError("there is work, and nothing was planned")
+                    steps._generation_step(self.model)
+                    steps.update_batch()
                 while not results.empty():
                     result = results.get_nowait()
                     _, request, i = work[int(result.request_id)]
                     if result.error is not None:
-                        _failed(result.error, request.id)
+                        raise _failed(f"on prompt '{printable(request.id)}'", result.error)
                     left -= 1
                     yield self._completion(request, i, result.generated_tokens)
 
@@ -85,7 +88,7 @@ class ContinuousEngine(TransformersEngine):
         are this call's, and a caller who stops listening leaves nothing behind."""
         model: Any = self.model
         attention = model.config._attn_implementation
-        model.set_attn_implementation("sdpa")  # which it takes for its pages
+        model.set_attn_implementation(_attention(model))
         try:
             eos = sorted(self.tokens.eos)
             manager = model.init_continuous_batching(
@@ -94,7 +97,8 @@ class ContinuousEngine(TransformersEngine):
             own = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([draw]))
             own.tensors_required = 1
             manager.logit_processor = own
-            manager.batch_processor = manager._create_batch_processor()
+            with _told():
+                manager.batch_processor = manager._create_batch_processor()
             yield manager
         finally:
             model.set_attn_implementation(attention)
@@ -112,8 +116,7 @@ class ContinuousEngine(TransformersEngine):
             # the draw looks at the tokens of this step, and at how many there are before the next one is planned
             use_cuda_graph=False,
             use_async_batching=False,
-            # never a kernel that has to be fetched from the hub first
-            auto_switch_to_flash=any(importlib.util.find_spec(name) for name in ("flash_attn_interface", "flash_attn")),
+            auto_switch_to_flash=False,
             **sized,
         )
 
@@ -147,9 +150,27 @@ class _SeededDraw(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         return scores.scatter(-1, chosen.unsqueeze(-1), torch.finfo(scores.dtype).max)
 
 
-def _failed(why: str, prompt: str) -> NoReturn:
+def _attention(model: Any) -> str:
+    """What continuous batching takes for its pages: flash attention where it is installed; never a kernel from the hub."""
+    if model.device.type == "cuda" and model._supports_flash_attn:
+        if is_flash_attn_3_available():
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa"
 
-    raise EngineError(
-        f"transformers' continuous batching failed on prompt '{printable(prompt)}': {shorten(printable(' '.join(why.split())), 300)}",
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong in transformers' own steps, a lack of memory above all, as an EngineError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as e:
+        raise _failed("as a whole", str(e) or type(e).__name__) from e
+
+
+def _failed(where: str, why: str) -> EngineError:
+    return EngineError(
+        f"transformers' continuous batching failed {where}: {shorten(printable(' '.join(why.split())), 300)}",
         hint="if it is short of memory, lower engine.batch_size or engine.memory; engine.batching=static runs any model",
     )

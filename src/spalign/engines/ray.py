@@ -199,12 +199,12 @@ class RayEngine(TokenEngine):
     def _revive(self, worker: Any) -> None:
         """Give it back when it is there again, or when it cannot be had: what is wrong with it then, the next call says."""
         ray = self._ray
-        deadline = time.monotonic() + _PATIENCE
         for _ in range(_TRIES):
-            with contextlib.suppress(Exception):
-                while not self._closed.is_set() and time.monotonic() < deadline:
+            deadline = time.monotonic() + _PATIENCE
+            with contextlib.suppress(Exception):  # a time-out among them
+                while not self._closed.is_set() and (left := deadline - time.monotonic()) > 0:
                     try:
-                        ray.get(worker.up.remote())
+                        ray.get(worker.up.remote(), timeout=left)
                         break
                     except ray.exceptions.ActorUnavailableError:  # on its way
                         time.sleep(0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ class ChatTokens:
                 hint="use an instruct model, or set tokenizer.chat_template and save it",
             )
         self.tokenizer = tokenizer
+        self._turn = threading.Lock()
         self.eos = {int(i) for i in (*eos, tokenizer.eos_token_id) if i is not None}
         if not self.eos:
             raise ModelError(f"{tokenizer.name_or_path}: no end-of-sequence token", hint="set tokenizer.eos_token and save the tokenizer")
@@ -29,11 +31,17 @@ class ChatTokens:
         added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         self._special = sorted({*tokenizer.all_special_tokens, *added} - {""})
 
+    def _ids(self, text: str, **how: Any) -> list[int]:
+        """One call at a time: the tokenizer keeps the last call's way with special tokens, and threads would take each other's."""
+        with self._turn:
+            return list(self.tokenizer(text, **how)["input_ids"])
+
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The conversation with the assistant's turn opened."""
         turns = [{"role": m.role, "content": self.defused(m.content)} for m in messages]
         try:
-            return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+            with self._turn:
+                return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
         except Exception as e:  # jinja raises what the template asks it to
             raise ModelError(
                 f"the chat template refused the conversation: {e}",
@@ -42,7 +50,11 @@ class ChatTokens:
 
     def text(self, text: str) -> list[int]:
         """Plain text by itself: nothing is put around it."""
-        return list(self.tokenizer(self.defused(text), add_special_tokens=False)["input_ids"])
+        return self._ids(self.defused(text), add_special_tokens=False)
+
+    def ask(self, text: str) -> list[int]:
+        """A text to be continued, as it stands: what reads like a special token is split into plain text."""
+        return self._ids(text, split_special_tokens=True)
 
     def response(self, text: str) -> list[int]:
         """`text` as an assistant's complete turn, end-of-sequence token included."""
@@ -52,7 +64,7 @@ class ChatTokens:
         """The token that `choice` is, after text or at the start of a turn. Raises EngineError where it is not one."""
         # as it stands after text: some tokenizers give a lone word one more token
         lead = "\n" if chat else "Answer:"
-        before, ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (lead, f"{lead}{choice}"))
+        before, ids = (self._ids(t, add_special_tokens=False) for t in (lead, f"{lead}{choice}"))
         ids = ids[len(before) :] if ids[: len(before)] == before else ids
         if len(ids) != 1:
             raise EngineError(
@@ -110,7 +122,7 @@ class TokenEngine:
 
     def _encode_ask(self, ask: Ask) -> Tokens:
         if isinstance(ask, str):
-            return tuple(self.tokenizer(ask, split_special_tokens=True)["input_ids"])
+            return tuple(self.tokens.ask(ask))
         return tuple(self.encode_chat(ask))
 
     def _fitting(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[Tokens, Tokens]]:

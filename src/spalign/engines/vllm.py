@@ -13,11 +13,12 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from spalign.errors import ConfigError, EngineError
 from spalign.text import printable, shorten
 
 _KV_GIB = 4.0  # for keys and values on a CPU
-_GPU_SHARE = 0.9
+_GPU_SHARE = {False: 0.9, True: 0.6}  # with hidden states the weights are there twice
 _BLOCK = 32  # tokens; what prompts share is reused in whole blocks, and vLLM's 128 on CPUs is longer than most of our prompts
 _LOG_LINES = 12
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -139,6 +140,8 @@ class VLLMEngine(TokenEngine):
                 "the vLLM engine does not show hidden states", hint="set engine.hidden_states=true (docs/engines.md), or use another scorer"
             )
         with self._turn:
+            if not self._process.close.alive:
+                raise _was_closed()
             self._beside = self._beside or self._load_beside()
             return self._beside.representations(requests, depths)
 
@@ -171,7 +174,7 @@ def _settings(where: str, config: EngineConfig) -> dict[str, Any]:
         kv = int((config.memory or _KV_GIB) * 2**30)
         settings |= {"enforce_eager": True, "block_size": _BLOCK, "kv_cache_memory_bytes": kv}
     else:
-        settings |= {"gpu_memory_utilization": config.memory or _GPU_SHARE}
+        settings |= {"gpu_memory_utilization": config.memory or _GPU_SHARE[config.hidden_states]}
     return settings
 
 
@@ -212,117 +215,134 @@ def _environment(config: EngineConfig) -> dict[str, str]:
 
 
 class _Process:
-    """vLLM's process, its connection and its log. Ended when closed, when forgotten, and when this process ends in whatever way."""
+    """vLLM's process and its log. Ended when closed, when forgotten, and when this process ends in whatever way."""
 
     def __init__(self, settings: dict[str, Any], environment: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="spalign-vllm-")
-        self._log = Path(self._folder.name) / "log"
-        self._connection, theirs = Pipe()
+        log = Path(self._folder.name) / "log"
+        ours, theirs = Pipe()
         code = f"from spalign.engines.vllm_process import main; main({theirs.fileno()})"
-        with self._log.open("wb") as log:
+        with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
                 env={**environment, "TMPDIR": self._folder.name},
                 stdin=subprocess.PIPE,
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is ours; and whatever it starts can be ended with it
             )
         theirs.close()
-        # the connection stays: another thread may listen to it, and hears that the other end is gone
-        self.close = weakref.finalize(self, _end, self._process, self._folder)
+        self._line = _Line(ours, self._process, log)
+        self.close = self._line.close = weakref.finalize(self, _end, self._process, self._folder, self._line)
         self._numbers = itertools.count()
-        self._changed, self._sending = threading.Condition(), threading.Lock()
-        self._arrived: dict[int, deque[Some]] = {}
-        """By call: what has come and is not fetched."""
-        self._listening = False
-        self._failure: EngineError | None = None
-        """Why it ended, for every thread that waits for it."""
-        self._send(settings)
-        ready = self._receive("did not start")
-        assert isinstance(ready, Ready)
-        self.window = ready.window
+        self.window = self._line.begin(settings).window
 
     def run(self, jobs: list[Job]) -> Iterator[Done]:
         """Results as they come; a caller who stops listening ends the rest. Several threads may call it at the same time."""
         if not jobs:
             return
         number, over = next(self._numbers), False
-        with self._changed:
-            self._arrived[number] = deque()
+        arrived = self._line.expect(number)
         try:
-            self._send(Call(number, jobs))
+            self._line.outbox.put(Call(number, jobs))
             while not over:
-                some = self._next(number)
+                some = arrived.get()
+                if isinstance(some, EngineError):
+                    raise some
                 over = some.over
                 yield from some.done
         finally:
-            if not over and self.close.alive:
-                self._send(Stop(number))
-                while not self._next(number).over:
-                    pass
-            del self._arrived[number]
+            self._line.forget(number)
+            if not over:
+                self._line.outbox.put(Stop(number))
 
-    def _next(self, number: int) -> Some:
-        """What comes next of a call. Of the threads that wait, one listens, and wakes the others."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._arrived[number] or not self._listening)
-                if self._arrived[number]:
-                    return self._arrived[number].popleft()
-                self._listening = True
-            some: Some | None = None
-            try:
-                some = self._receive("failed")
-            finally:
-                with self._changed:
-                    if some is not None:
-                        self._arrived[some.number].append(some)
-                    self._listening = False
-                    self._changed.notify_all()
 
-    def _send(self, message: Any) -> None:
-        self._check_open()
-        try:
-            with self._sending:
+class _Line:
+    """The connection to vLLM's process: one thread writes, another reads and hands each call its results.
+
+    Whoever asks, or stops asking, never waits for the other side: a generator that is forgotten in the middle may end in any thread, at any
+    moment. So nothing is locked here: queues, and single operations on a dictionary. It knows no engine, so that engines can be forgotten.
+    """
+
+    def __init__(self, connection: Connection, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._connection, self._process, self._log = connection, process, log
+        self._arriving: dict[int, SimpleQueue[Some | EngineError]] = {}
+        self.outbox: SimpleQueue[Call | Stop | None] = SimpleQueue()
+        self.closed = False
+        self.close: Callable[[], object] = lambda: None
+        self._ended: EngineError | None = None
+
+    def begin(self, settings: dict[str, Any]) -> Ready:
+        """The first exchange; then the threads start. Raises EngineError with the reason where vLLM does not start."""
+        with contextlib.suppress(OSError):  # the reason is about to be read
+            self._connection.send(settings)
+        ready = self._receive()
+        if not isinstance(ready, Ready):
+            self._over("did not start", ready)
+            raise self._ended or AssertionError
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True, name="vllm").start()
+        return ready
+
+    def expect(self, number: int) -> SimpleQueue[Some | EngineError]:
+        """Where the results of a call arrive, and an error where there will be none. Raises EngineError where all is over already."""
+        queue = self._arriving[number] = SimpleQueue()
+        if self._ended or self.closed:
+            self.forget(number)
+            raise self._ended or _was_closed()
+        return queue
+
+    def forget(self, number: int) -> None:
+        self._arriving.pop(number, None)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # the reader finds out why
+            while (message := self.outbox.get()) is not None:
                 self._connection.send(message)
-        except OSError:
-            self._fail("failed")
 
-    def _receive(self, what: str) -> Any:
+    def _read(self) -> None:
+        while isinstance(some := self._receive(), Some):
+            if queue := self._arriving.get(some.number):
+                queue.put(some)
+        self._over("failed", some)
+
+    def _receive(self) -> Any:
+        """The next message; None where the process has ended."""
         try:
             while not self._connection.poll(1.0):
                 if self._process.poll() is not None and not self._connection.poll():
-                    self._fail(what)
-            message = self._connection.recv()
+                    return None
+            return self._connection.recv()
         except (EOFError, OSError):
-            self._fail(what)
-        if isinstance(message, Failed):
-            self._fail(what, message.message)
-        return message
+            return None
 
-    def _check_open(self) -> None:
-        if self._failure:
-            raise self._failure
-        if not self.close.alive:
-            raise EngineError("the vLLM engine was closed", hint="make a new one")
+    def _over(self, what: str, last: Any) -> None:
+        """Tell every call, with the reason and the last lines of the log, and end the process."""
+        self._ended = _was_closed() if self.closed else self._failure(what, last)
+        for queue in list(self._arriving.values()):
+            queue.put(self._ended)
+        self.close()
 
-    def _fail(self, what: str, why: str = "") -> Any:
-        """Raises EngineError with the reason and the last lines of the log; the process is ended."""
-        self._check_open()
-        if not why:
+    def _failure(self, what: str, last: Any) -> EngineError:
+        if isinstance(last, Failed):
+            why = last.message
+        else:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
             why = _ended(self._process.returncode)
-        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self._log.exists() else []
+        lines: list[str] = []
+        with contextlib.suppress(OSError):  # the folder goes when it is closed
+            lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         log = "".join(f"\n  log: {shorten(printable(line).strip(), 200)}" for line in lines if line.strip())
-        self._failure = EngineError(
+        return EngineError(
             f"vLLM {what}: {shorten(printable(' '.join(why.split())), 500)}{log}",
             hint="if it is short of memory, lower engine.batch_size or change engine.memory; engine.kind=transformers runs any model",
         )
-        self.close()
-        raise self._failure
+
+
+def _was_closed() -> EngineError:
+    return EngineError("the vLLM engine was closed", hint="make a new one")
 
 
 def _ended(code: int | None) -> str:
@@ -331,7 +351,9 @@ def _ended(code: int | None) -> str:
     return f"its process ended by itself (exit code {code})"
 
 
-def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str], line: _Line) -> None:
+    line.closed = True
+    line.outbox.put(None)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

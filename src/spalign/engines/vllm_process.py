@@ -90,10 +90,13 @@ def main(fd: int) -> None:
 
 def _listen(connection: Connection, inbox: SimpleQueue[Call | Stop | None]) -> None:
     """In a thread of its own, so that who sends never waits for who computes. None: nobody sends any more."""
-    with contextlib.suppress(EOFError, OSError):
+    try:
         while True:
             inbox.put(connection.recv())
-    inbox.put(None)
+    except (EOFError, OSError):
+        pass
+    finally:
+        inbox.put(None)
 
 
 def _end_with_parent() -> None:
@@ -132,17 +135,16 @@ class Server:
             while not (inbox.empty() and self._engine.has_unfinished_requests()):
                 if (message := inbox.get()) is None:
                     return
-                self._begin(message, send)
+                self._begin(message)
             self._step(send)
 
-    def _begin(self, message: Call | Stop, send: Callable[[Some], None]) -> None:
+    def _begin(self, message: Call | Stop) -> None:
         if isinstance(message, Call):
             self._calls[message.number] = _Waiting(message.jobs, set(range(len(message.jobs))))
             for n in range(len(message.jobs)):
                 self._add(message.number, n)
         elif waiting := self._calls.pop(message.number, None):  # else it was over before the message came
             self._engine.abort_request([f"{message.number}-{n}" for n in waiting.left])
-            send(Some(message.number, [], over=True))
 
     def _step(self, send: Callable[[Some], None]) -> None:
         found: dict[int, list[Done]] = {}

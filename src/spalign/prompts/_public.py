@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from spalign.config import PromptSource
 from spalign.errors import PromptError
+from spalign.prompts._read import exists
 from spalign.prompts._rows import Mistake, Row, Table
 from spalign.text import one_line, shorten
 from spalign.types import ILL_MEANT
@@ -20,19 +22,21 @@ LEGITIMATE = "legitimate"
 class PublicSet:
     """hub: (data set, configuration, split) where it is on the hub. prompt: columns that may hold the prompt, the first that is there.
 
-    id, topic: likewise, for what names a row and what it is about; several topics are taken together. intent: of a row; empty: unknown.
+    id, topic: likewise, for what names a row and what it is about; several topics are taken together. context: what the prompt refers to,
+    which goes before it. intent: of a row; empty: unknown.
     """
 
     prompt: tuple[str, ...]
     hub: tuple[str, str | None, str] | None = None
     id: tuple[str, ...] = ()
     topic: tuple[str, ...] = ()
+    context: tuple[str, ...] = ()
     intent: Callable[[Values], str] = lambda _: ""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All that are looked at."""
-        return (*self.prompt, *self.id, *self.topic, *_LABELS)
+        return (*self.prompt, *self.id, *self.topic, *self.context, *_LABELS)
 
 
 _LABELS = ("label", "prompt_harm_label")
@@ -63,6 +67,7 @@ PUBLIC: dict[str, PublicSet] = {
         ("walledai/HarmBench", "standard", "train"),
         id=("BehaviorID",),
         topic=("SemanticCategory", "category"),
+        context=("ContextString", "context"),
         intent=_ill_meant,
     ),
     "advbench": PublicSet(("goal", "prompt"), ("walledai/AdvBench", None, "train"), intent=_ill_meant),
@@ -71,8 +76,10 @@ PUBLIC: dict[str, PublicSet] = {
 
 def named(source: PromptSource) -> PromptSource:
     """A source that is only the name of a public set, as where it is on the hub. Raises PromptError for one that is not there."""
-    if source.source not in PUBLIC:
+    if source.source not in PUBLIC or exists(Path(source.source)):
         return source
+    if "column" in source.model_fields_set:
+        raise PromptError(f"the public set '{source.source}' says which column its prompts are in", hint="leave out column")
     name = source.source
     if source.format not in (None, name):
         raise PromptError(f"the source '{name}' is no file of format '{source.format}'", hint="leave out the format, or name a file")
@@ -105,10 +112,14 @@ def translated(table: Table, name: str) -> Table:
 
 def _values(row: Values, spec: PublicSet) -> Values:
     found = next((c for c in spec.prompt if c in row), spec.prompt[0])
+    prompt = row.get(found)
+    context = next((row[c] for c in spec.context if row.get(c)), None)
+    if context is not None and isinstance(prompt, str):
+        prompt = f"{context}\n\n---\n\n{prompt}"
     topics = [_text(row[c]) for c in spec.topic if row.get(c) not in (None, "")]
     return {
         "id": next((row[c] for c in spec.id if c in row), None),
-        "prompt": row.get(found),
+        "prompt": prompt,
         "topic": ", ".join(topics),
         "intent": spec.intent(row),
     }

@@ -19,7 +19,7 @@ from spalign.engines.attention import NAME as GROUPED_DECODING
 from spalign.engines.loading import keep_backward
 from spalign.errors import ModelError
 from spalign.training.attention import NAME, lay_out, register
-from spalign.training.flex import check_device, mark
+from spalign.training.flex import check_device, check_dropout, mark
 from spalign.training.groups import TrainingGroup, TrainingPair
 from spalign.training.head import add_logps
 
@@ -121,14 +121,16 @@ def prepare(model: Any, attention: Literal["rows", "flex"] = "rows") -> Layout:
     give the same numbers (an attention that goes its own way, a head that does more than its configuration says) is not used, with a
     warning. Raises ModelError if nothing does, and for `flex` where the model is not on CUDA.
     """
-    if hasattr(model, "spalign_layout"):
+    if getattr(model, "spalign_attention", None) == attention:
         return model.spalign_layout  # type: ignore[no-any-return]
     wanted, own = layout_for(model.config), model.config._attn_implementation
     if attention == "flex":
         check_device(model.device)
+        check_dropout(model.config)
         wanted = "flex" if wanted == "packed" else wanted
     keep_backward(model)
-    add_logps(model)
+    if not hasattr(model, "spalign_tiled"):
+        add_logps(model)
     here = not any(p.is_meta or not p.numel() for p in model.parameters())  # ZeRO-3 has them elsewhere: nothing to check on
     layouts: tuple[Layout, ...] = ("flex", "packed", "padded")
     for layout in layouts[layouts.index(wanted) :]:
@@ -142,7 +144,7 @@ def prepare(model: Any, attention: Literal["rows", "flex"] = "rows") -> Layout:
                         layout,
                         "" if model.spalign_tiled else " and all logits of response tokens at once",
                     )
-                model.spalign_layout = layout
+                model.spalign_layout, model.spalign_attention = layout, attention
                 return layout
     raise ModelError(
         f"{type(model).__name__} gives other log-probabilities in a batch than alone",

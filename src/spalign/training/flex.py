@@ -21,8 +21,17 @@ def check_device(device: torch.device) -> None:
     if device.type != "cuda":
         raise ModelError(
             f"flex attention trains on CUDA, and the model is on '{device.type}': torch has no backward pass for it there",
-            hint="set train.attention=rows (SPAConfig: attention='rows')",
+            hint=_ROWS,
         )
+
+
+def check_dropout(config: Any) -> None:
+    """Raises ModelError where the model drops attention weights in training: flex attention has no dropout."""
+    if dropout := getattr(config.get_text_config(), "attention_dropout", 0):
+        raise ModelError(f"the model has attention dropout ({dropout}), which flex attention does not know", hint=_ROWS)
+
+
+_ROWS = "set train.attention=rows (SPAConfig: attention='rows')"
 
 
 def mark(spans: Sequence[tuple[range, Sequence[range]]]) -> dict[str, Tensor]:
@@ -54,8 +63,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packed: dict[str, Any], *,
     """
     masks: dict[int | None, BlockMask] = packed.setdefault("masks", {})
     if window not in masks:
-        tokens = query.shape[2]
-        masks[window] = create_block_mask(seen(packed, window), None, None, tokens, tokens, device=query.device)
+        tokens, device = query.shape[2], query.device
+        # compiled, it never holds a yes or no for every two tokens
+        masks[window] = create_block_mask(seen(packed, window), None, None, tokens, tokens, device=device, _compile=device.type == "cuda")
+    if torch.is_autocast_enabled(query.device.type):  # positions are turned in float32
+        kind = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
     out: Tensor = kernel()(query, key, value, block_mask=masks[window], scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
     return out
 

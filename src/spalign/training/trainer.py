@@ -114,6 +114,8 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         self.train_dataset: list[TrainingGroup]
         self.dropped: dict[str, int] = {}
         groups = self._groups(train_dataset, model, args, processing_class)
+        if args.attention == "flex" and not getattr(model, "is_quantized", False):
+            model.to(args.device)  # where it is tried
         layout = prepare(model, args.attention)
         if peft_config is not None:
             from peft import get_peft_model
