@@ -119,6 +119,69 @@ def judge_check(  # noqa: PLR0913, PLR0917  an option each
 
 
 @app.command()
+def judge(
+    config: ConfigFile, set_: Sets = None, json_: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False
+) -> None:
+    """Have the answers of one model or several judged on a prompt set (Inspect): scores, win/tie/lose, MMLU, MT-Bench, with intervals."""
+    import json
+
+    from spalign.config import load_assess
+
+    loaded = load_assess(config, tuple(set_ or ()))
+    from spalign.pipeline.assess import assess
+    from spalign.report import Progress, assess_table
+
+    ui = Progress()
+    found = assess(loaded, ui=ui)
+    typer.echo(_shown(assess_table(found)))
+    ui.line(f"{loaded.folder / 'results.json'}; logs: inspect view --log-dir {loaded.folder}", style="bold")
+    if json_:
+        typer.echo(json.dumps(found))
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="A table of the paper (table1, ...), or a .yaml file of your own.", show_default=False)],
+    scale: Annotated[str, typer.Option(help="full, or another one that the file has, such as demo.")] = "full",
+    set_: Sets = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it will take.")] = False,
+) -> None:
+    """Train and judge what a table of the paper compares, and print it with the paper's figures beside ours. Goes on where it stopped."""
+    from spalign.config import load_experiment
+
+    loaded = load_experiment(name, scale, tuple(set_ or ()))
+    from spalign.pipeline.experiment import cost
+    from spalign.pipeline.experiment import experiment as do
+    from spalign.report import Progress
+    from spalign.report.experiment import experiment_table
+
+    ui = Progress()
+    ui.line(f"{name}: {loaded.title}", style="bold")
+    for what, count in cost(loaded).items():
+        ui.line(f"  {what.replace('_', ' ')}: at most {count:,}")
+    if dry_run:
+        return
+    label = f"{Path(name).stem}-{scale}"
+    found = do(loaded, label, ui=ui)
+    typer.echo(_shown(experiment_table(found)))
+    ui.line(f"{Path(loaded.runs_dir) / label}.md and .json", style="bold")
+
+
+@app.command()
+def soup(
+    first: Annotated[Path, typer.Argument(help="Folder of a whole model.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="Folder of another one of the same base.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder for the new model.", show_default=False)],
+    ratio: Annotated[str, typer.Option(help="Weight of the first to weight of the second.")] = "5:5",
+) -> None:
+    """Interpolate the weights of two models (Reward Soups)."""
+    from spalign.training.soup import parse_ratio
+    from spalign.training.soup import soup as mix
+
+    typer.echo(f"written: {mix(first, second, out, weight=parse_ratio(ratio))}")
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA or DoRA adapter.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder for the merged model; new or empty.", show_default=False)],

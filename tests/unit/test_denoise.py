@@ -320,3 +320,19 @@ def test_a_group_that_no_refinement_can_save_is_spared_it_and_says_why() -> None
 def test_nothing_hopeless_is_ever_kept(groups: list[PromptGroup]) -> None:
     for verdict in denoise(groups, BOTH, DenoiseConfig(tau=None)):
         assert not (verdict.kept and hopeless(verdict.group, BOTH))
+
+
+# the ablation
+
+
+def test_without_denoising_all_stays_that_makes_a_pair() -> None:
+    off = DenoiseConfig(enabled=False, tau="32%")
+    same = make_group([(5.0, 5.0)] * 3, None)  # det = 0, no refined response, never consistent
+    assert [v.reason for v in denoise([same], BOTH, off)] == [None]
+    one = make_group([(5.0, 5.0)], (6.0, 6.0))
+    assert check(one, BOTH, off, None).kept  # the refined response is the second
+    assert check(make_group([(5.0, 5.0)], None), BOTH, off, None).reason is DropReason.EMPTY
+    cut = make_group([(5.0, 5.0), (6.0, 6.0)], None)
+    cut = cut.replace(candidates=tuple(dataclasses.replace(c, finished=False) for c in cut.candidates))
+    assert check(cut, BOTH, off, None).reason is DropReason.TRUNCATED
+    assert check(make_group([(5.0,), (6.0,)], None), BOTH, off, None).reason is DropReason.UNSCORED

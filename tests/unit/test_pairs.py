@@ -254,3 +254,31 @@ def test_weights_rise_with_the_gap_and_do_not_depend_on_its_unit(gaps: list[floa
     assert weights(gaps, 0.0) == [1.0] * len(gaps)
     assert math.isclose(math.fsum(weights(gaps, 1.0)), len(gaps), rel_tol=1e-12)
     assert all(own[i] <= own[j] for i in range(len(gaps)) for j in range(len(gaps)) if gaps[i] <= gaps[j])
+
+
+# baselines
+
+
+def test_a_weighted_sum_orders_by_the_mean_and_not_by_priority() -> None:
+    group = make_group(response("a", 6.0, 1.0), response("b", 5.0, 4.0))
+    weighted = config().model_copy(update={"weights": (1.0, 1.0)})
+    # means a 3.5, b 4.5: b > a by 1, for which the second's lead of 3 decides; by priority a > b
+    assert [(p.id, p.margin, p.gap, p.decided_by) for p in make_pairs(group, BOTH, weighted)] == [("b>a", 1.0, 1.0, "second")]
+    assert [p.id for p in make_pairs(group, BOTH, config())] == ["a>b"]
+
+
+@pytest.mark.parametrize(("weights_", "winner"), [((1.0, 0.0), "a"), ((0.0, 2.0), "b")])
+def test_a_weight_of_zero_leaves_one_objective(weights_: tuple[float, float], winner: str) -> None:
+    group = make_group(response("a", 6.0, 1.0), response("b", 5.0, 4.0))
+    (pair,) = make_pairs(group, BOTH, config().model_copy(update={"weights": weights_}))
+    assert pair.chosen.id == winner
+    assert pair.margin == (1.0 if winner == "a" else 3.0)
+
+
+@properties
+@given(st.lists(st.tuples(*[st.floats(0, 10)] * 2), min_size=2, max_size=6))
+def test_only_the_refined_response_wins_where_that_is_asked_for(rows: list[tuple[float, float]]) -> None:
+    group = make_group(*(response(f"c{i}", *row) for i, row in enumerate(rows[1:])), refined=response("r", *rows[0]))
+    every = make_pairs(group, BOTH, config())
+    asked = make_pairs(group, BOTH, config().model_copy(update={"chosen": "refined"}))
+    assert asked == [p for p in every if p.chosen.id == "r"]

@@ -512,3 +512,19 @@ def test_a_read_only_disk_says_so(tmp_path):
         with pytest.raises(RunFolderError, match="Read-only file system"):
             RunFolder(disk / "run").open()
         assert (disk / "1-sample/manifest.json").exists()
+
+
+def test_a_finished_stage_of_the_same_inputs_is_taken_from_another_run(tmp_path: Path) -> None:
+    theirs, mine = Stage(tmp_path / "a/1", {"n": 1}), Stage(tmp_path / "b/1", {"n": 1})
+    assert not mine.take_from(tmp_path / "a/1")  # nothing there
+    theirs.begin()
+    theirs.write_part(0, [{"x": 1}])
+    assert not mine.take_from(tmp_path / "a/1")  # not finished
+    theirs.finish(items=1)
+    assert not Stage(tmp_path / "b/1", {"n": 2}).take_from(tmp_path / "a/1")  # of other inputs
+    assert mine.take_from(tmp_path / "a/1")
+    assert list(mine.rows()) == [{"x": 1}]
+    mine.write_part(0, [{"x": 2}])  # a new file under the name: theirs stays
+    assert list(theirs.rows()) == [{"x": 1}]
+    (tmp_path / "a/1/model").mkdir()
+    assert not Stage(tmp_path / "c/1", {"n": 1}).take_from(tmp_path / "a/1")  # what was trained stays where it is

@@ -4,7 +4,9 @@ The defaults are the `robust` recipe; `paper` is the method as published. They d
 each of which can be set by itself, so an ablation is one `--set`.
 """
 
-from spalign.config.load import config_from, engine_at, load_config, parse_set
+from spalign.config.assess import AssessConfig, JudgeConfig, MMLUConfig, MTBenchConfig
+from spalign.config.experiment import DATA_ARM, Arm, ExperimentConfig, experiment_names, load_experiment
+from spalign.config.load import config_from, engine_at, load_assess, load_config, parse_set
 from spalign.config.parts import (
     HUB_ID,
     OUTLETS,
@@ -26,15 +28,22 @@ from spalign.config.parts import (
 from spalign.config.run import RECIPES, RunConfig
 
 __all__ = [
+    "DATA_ARM",
     "HUB_ID",
     "OUTLETS",
     "RECIPES",
+    "Arm",
+    "AssessConfig",
     "DenoiseConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "ExperimentConfig",
     "GateConfig",
     "GuardConfig",
+    "JudgeConfig",
     "LoraConfig",
+    "MMLUConfig",
+    "MTBenchConfig",
     "PairsConfig",
     "PromptSource",
     "PromptsConfig",
@@ -46,6 +55,9 @@ __all__ = [
     "TrainConfig",
     "config_from",
     "engine_at",
+    "experiment_names",
+    "load_assess",
     "load_config",
+    "load_experiment",
     "parse_set",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from spalign.config.assess import AssessConfig
 from spalign.config.parts import EngineConfig
 from spalign.config.run import RECIPES, RunConfig, merge
 from spalign.errors import ConfigError
@@ -47,8 +48,24 @@ def config_from(
     data: Mapping[str, Any], sets: tuple[str, ...] = (), *, source: str = "config", lines: dict[Location, int] | None = None
 ) -> RunConfig:
     """As `load_config`, from a mapping."""
+    merged, places = with_sets(data, sets, lines or {})
+    recipe = RECIPES.get(str(merged.get("recipe", "robust")), {})
+    return build(RunConfig, merge(recipe, merged), source=source, lines=places, error=ConfigError)
+
+
+def load_assess(path: str | Path, sets: tuple[str, ...] = ()) -> AssessConfig:
+    """A judged evaluation's configuration, likewise. Raises ConfigError with every mistake at once."""
+    data, lines = load_yaml(Path(path), ConfigError)
+    merged, places = with_sets(data, sets, lines)
+    return build(AssessConfig, merged, source=str(path), lines=places, error=ConfigError)
+
+
+def with_sets(
+    data: Mapping[str, Any], sets: tuple[str, ...], lines: Mapping[Location, int]
+) -> tuple[dict[str, Any], dict[Location, int | str]]:
+    """The mapping with each `--set a.b=c` laid on it, and the place of every value."""
     merged = dict(data)
-    places: dict[Location, int | str] = dict(lines or {})
+    places: dict[Location, int | str] = dict(lines)
     for text in sets:
         keys, value = parse_set(text)
         nested: Any = value
@@ -58,5 +75,4 @@ def config_from(
         # what --set says is not in the file: point at the flag instead of a line
         places = {at: place for at, place in places.items() if at[: len(keys)] != tuple(keys)}
         places[tuple(keys)] = f"--set {text}"
-    recipe = RECIPES.get(str(merged.get("recipe", "robust")), {})
-    return build(RunConfig, merge(recipe, merged), source=source, lines=places, error=ConfigError)
+    return merged, places

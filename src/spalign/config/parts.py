@@ -220,6 +220,8 @@ class RefineConfig(Part):
 class DenoiseConfig(Part):
     """Dual-criterion denoising."""
 
+    enabled: bool = True
+    """false: every group with two usable responses is kept; the ablation of Figure 4."""
     consistency: Literal["strict", "above_mean"] = "above_mean"
     """strict: the refined response is above every candidate on every objective; above_mean: above the candidates' mean."""
     tau: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^(100(\.0+)?|[1-9]?\d(\.\d+)?)%$")] | None = "90%"
@@ -242,6 +244,17 @@ class PairsConfig(Part):
     max_per_prompt: PositiveInt | None = 4
     balance_length: bool = True
     """As many pairs whose winner is shorter as pairs whose winner is longer."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """A baseline: of each objective in order of priority. Responses are ordered by the weighted mean of their scores, not by priority."""
+    chosen: Literal["any", "refined"] = "any"
+    """refined: only pairs whose winner is the refined response."""
+
+    @field_validator("weights")
+    @classmethod
+    def _some_weight(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and sum(value) <= 0:
+            raise ValueError("at least one weight must be above 0")
+        return value
 
 
 class LoraConfig(Part):

@@ -48,6 +48,8 @@ class RunConfig(Part):
     compare: tuple[Literal["robust", "paper"], ...] = ()
     """Recipes whose yield on the same candidates is measured and printed beside this one's; not trained on."""
     runs_dir: str = "runs"
+    data_from: str | None = None
+    """Another run's folder: what it has finished of the same inputs is linked from there, so that baselines train on the same data."""
     seed: Annotated[int, Field(ge=0)] = 0
     iterations: PositiveInt = 1
     new_prompts: bool = False
@@ -70,7 +72,7 @@ class RunConfig(Part):
 
     def on_record(self) -> dict[str, Any]:
         """The configuration without what changes nothing that is made: leave to go on with a weak judge, trackers, the hub."""
-        return self.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}, "train": OUTLETS})
+        return self.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}, "train": OUTLETS, "data_from": True})
 
     @property
     def judge_engine(self) -> EngineConfig:
@@ -100,6 +102,12 @@ class RunConfig(Part):
             raise ConfigError(
                 f"self_evaluation.scorer says nothing about objective '{min(missing)}'",
                 hint="name a scorer for every objective, or one for all",
+            )
+        if self.pairs.weights is not None and len(self.pairs.weights) != len(constitution.objectives):
+            raise ConfigError(
+                f"pairs.weights has {len(self.pairs.weights)} weights, and constitution '{constitution.name}' "
+                f"{len(constitution.objectives)} objectives",
+                hint=f"give one each, in this order: {', '.join(constitution.objective_names)}",
             )
         objectives = tuple(
             o.model_copy(update={"threshold": own.thresholds.get(o.name, o.threshold if own.use_constitution_thresholds else None)})

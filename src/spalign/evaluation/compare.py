@@ -8,10 +8,11 @@ from typing import Any
 
 from spalign.config import GateConfig
 from spalign.evaluation.gate import GateResult, priority_gate
-from spalign.evaluation.metrics import Interval, bootstrap_mean, refused, repetition
+from spalign.evaluation.metrics import Interval, bootstrap_mean, hh, refused, repetition
 from spalign.types import ILL_MEANT, PromptGroup, Response
 
 MAX_LENGTH_RATIO = 1.5
+Measure = Callable[[Response], float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +47,15 @@ def compare(
 ) -> Comparison:
     """Both lists hold the same prompts in the same order, each with its answers. Means are over prompts, of means over answers."""
     primary = primary_gate(before, after, objectives[0], gate or GateConfig(), resamples=resamples, seed=seed)
-    kinds: dict[str, Callable[[Response], float | None]] = {o: (lambda r, o=o: r.scores.get(o)) for o in objectives}  # type: ignore[misc]
-    kinds |= {
-        "words": lambda r: float(r.words),
-        "refusal": lambda r: float(refused(r.text)),
-        "repetition": lambda r: repetition(r.text),
-        "finished": lambda r: float(r.finished),
-    }
     measures: dict[str, dict[str, dict[str, Interval]]] = {}
-    for name, value in kinds.items():
+    for name, value in measures_of(objectives).items():
         pairs = [
             (b.prompt.intent, x, y)
             for b, a in zip(before, after, strict=True)
-            if (x := _mean(b, value)) is not None and (y := _mean(a, value)) is not None
+            if (x := mean_of(b, value)) is not None and (y := mean_of(a, value)) is not None
         ]
         measures[name] = {}
-        for label, belongs in _slices(before).items():
+        for label, belongs in slices_of(before).items():
             chosen = [(x, y) for intent, x, y in pairs if belongs(intent)]
             if chosen:
                 columns = {"before": [x for x, _ in chosen], "after": [y for _, y in chosen], "difference": [y - x for x, y in chosen]}
@@ -77,16 +71,33 @@ def primary_gate(
     before: Sequence[PromptGroup], after: Sequence[PromptGroup], objective: str, config: GateConfig, *, resamples: int, seed: int
 ) -> GateResult:
     """`priority_gate` on groups of scored answers: the same prompts in the same order on both sides."""
-    means = ([_mean(g, lambda r: r.scores.get(objective)) for g in groups] for groups in (before, after))
+    means = ([mean_of(g, lambda r: r.scores.get(objective)) for g in groups] for groups in (before, after))
     return priority_gate(*means, margin=config.margin, confidence=config.confidence, resamples=resamples, seed=seed)
 
 
-def _mean(group: PromptGroup, value: Callable[[Response], float | None]) -> float | None:
+def measures_of(objectives: Sequence[str], lambdas: Sequence[float] = ()) -> dict[str, Measure]:
+    """Name -> what it reads off an answer: every score, HH_lambda of the first two, and what the text itself shows."""
+    kinds: dict[str, Measure] = {o: (lambda r, o=o: r.scores.get(o)) for o in objectives}  # type: ignore[misc]
+    if len(objectives) > 1:
+        first, second = objectives[:2]
+        for weight in lambdas:
+            kinds[f"HH_{weight:g}"] = lambda r, w=weight: hh(r.scores.get(first), r.scores.get(second), w)  # type: ignore[misc]
+    return kinds | {
+        "words": lambda r: float(r.words),
+        "refusal": lambda r: float(refused(r.text)),
+        "repetition": lambda r: repetition(r.text),
+        "finished": lambda r: float(r.finished),
+    }
+
+
+def mean_of(group: PromptGroup, value: Measure) -> float | None:
+    """Over the group's answers that have one; None where none has."""
     values = [v for r in group.candidates if (v := value(r)) is not None]
     return sum(values) / len(values) if values else None
 
 
-def _slices(groups: Sequence[PromptGroup]) -> dict[str, Callable[[str], bool]]:
+def slices_of(groups: Sequence[PromptGroup]) -> dict[str, Callable[[str], bool]]:
+    """Label -> whether an intent belongs to it: all prompts, safe and ill-meant ones, and each intent by itself."""
     intents = sorted({g.prompt.intent for g in groups if g.prompt.intent})
     out: dict[str, Callable[[str], bool]] = {"all": lambda _: True}
     if ILL_MEANT in intents:

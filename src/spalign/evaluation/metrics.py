@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
 
 
+def hh(primary: float | None, secondary: float | None, weight: float) -> float | None:
+    """HH_lambda = (lambda * primary + secondary) / (lambda + 1), in score points; lambda 0 is the secondary alone, infinity the primary."""
+    if primary is None or secondary is None:
+        return None
+    return primary if math.isinf(weight) else (weight * primary + secondary) / (weight + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A mean with its 95% bootstrap interval."""
@@ -59,3 +67,29 @@ def resampled_means(values: Sequence[float], *, resamples: int, seed: int) -> ND
     rng = np.random.default_rng(seed)
     block = max(1, 4_000_000 // len(x))  # resamples at a time, to bound memory
     return np.concatenate([x[rng.integers(0, len(x), (min(block, resamples - i), len(x)))].mean(1) for i in range(0, resamples, block)])
+
+
+def at_equal_length(differences: Sequence[float], ratios: Sequence[float], *, resamples: int, seed: int) -> Interval | None:
+    """The mean difference that is left at equal length: the intercept of differences on log length ratios, with its bootstrap interval.
+
+    differences: one a prompt, this model's value minus the other's. ratios: log(its words / the other's words) of the same prompts.
+    None where the lengths do not vary, or for fewer than four prompts. It is a linear adjustment: what differs with length is taken to be
+    caused by it. Prompts are resampled, so both are seen as they vary together.
+    """
+    x, y = np.asarray(ratios, dtype=np.float64), np.asarray(differences, dtype=np.float64)
+    if len(x) < 4 or float(x.std()) < 1e-9:
+        return None
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        i = rng.integers(0, len(x), len(x))
+        if float(x[i].std()) > 1e-9:
+            found.append(_intercept(x[i], y[i]))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Interval(_intercept(x, y), float(low), float(high))
+
+
+def _intercept(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    centred = x - x.mean()
+    slope = float(centred @ y) / float(centred @ centred)
+    return float(y.mean() - slope * x.mean())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spalign.errors import RunFolderError
-from spalign.store import clear_errors, read_json
+from spalign.store import clear_errors, link, read_json
 
 KEPT = "kept"
 """Beside `checkpoints`, which ends with training: the weights of the last ones, until the priority gate has passed."""
@@ -46,7 +46,7 @@ def keep_weights(folder: Path, keep: int) -> None:
             shutil.rmtree(half, ignore_errors=True)
             half.mkdir(parents=True)
             for file in _weights(checkpoint):
-                _link(file, half / file.name)
+                link(file, half / file.name)
             half.rename(target)
         for old in kept_checkpoints(folder)[keep + 1 :]:
             shutil.rmtree(old)
@@ -59,13 +59,6 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 def _weights(checkpoint: Path) -> list[Path]:
     return [f for f in checkpoint.iterdir() if f.suffix in {".safetensors", ".json"} and f.name != "trainer_state.json"]
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(file)
-    except OSError:  # a file system without links
-        shutil.copy2(file, target)
 
 
 def hand_over(checkpoint: Path, folder: Path, base: str, *, trust_remote_code: bool, suffix: str = "") -> Path:

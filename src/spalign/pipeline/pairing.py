@@ -248,8 +248,8 @@ def _pair_part(objectives: Sequence[Objective], config: PairsConfig, task: tuple
 
     names, sizes, given = [], [], 0
     rows: list[tuple[float, ...]] = []
-    for n, stored, responses in _kept(*task):
-        places = pair_places(responses, [r.tokens for r in responses], objectives, config)
+    for n, stored, responses, refined in _kept(*task):
+        places = pair_places(responses, [r.tokens for r in responses], objectives, config, refined=refined)
         lengths = [r.length for r in responses]
         kinds = [longer(lengths[p.chosen], lengths[p.rejected]) for p in places]
         stay = capped(kinds, config)
@@ -288,7 +288,7 @@ def _render_part(names: Sequence[str], encode: Callable[[StoredGroup], list[int]
         pairs[name].tolist() for name in ("chosen", "rejected", "margin", "gap", "decided_by", "weight")
     )
     rows = []
-    for n, stored, responses in _kept(scored, refined, verdicts, only=wanted):
+    for n, stored, responses, _ in _kept(scored, refined, verdicts, only=wanted):
         prompt_ids = encode(stored) if encode else stored.prompt_ids
         for i in wanted[n]:
             figures = {"margin": margin[i], "gap": gap[i], "weight": weight[i], "decided_by": names[decided_by[i]]}
@@ -309,8 +309,8 @@ def _read(scored: Part, refined: Part) -> Iterator[tuple[StoredGroup, StoredDraf
 
 def _kept(
     scored: Part, refined: Part, verdicts: bytes, only: Container[int] | None = None
-) -> Iterator[tuple[int, StoredGroup, list[StoredResponse]]]:
-    """The groups of a part that denoising kept, with their row and their responses: candidates, then the refined one.
+) -> Iterator[tuple[int, StoredGroup, list[StoredResponse], int | None]]:
+    """The groups of a part that denoising kept, with their row, their responses, and which of these is the refined one.
 
     only: rows of interest; nothing of the others is decoded. The parts were checked when the rows of interest were found.
     """
@@ -322,8 +322,8 @@ def _kept(
         if verdict.reason is None:
             group, drafts = read_row(group_decoder, line), read_row(drafts_decoder, of_drafts)
             _check_same(refined, group.prompt.id, drafts.prompt_id, verdict.prompt_id)
-            chosen = next(r for r in drafts.refined if r.id == verdict.refined)
-            yield n, group, [*group.candidates, chosen]
+            chosen = [r for r in drafts.refined if r.id == verdict.refined]  # none only where nothing is denoised
+            yield n, group, [*group.candidates, *chosen], len(group.candidates) if chosen else None
 
 
 def _check_same(part: Part, *prompt_ids: str) -> None:

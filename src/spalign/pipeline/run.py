@@ -47,10 +47,11 @@ def run(
     *,
     mode: Mode = "auto",
     only: str | None = None,
+    until: str | None = None,
     ui: Progress | None = None,
     make_engine: EngineFactory | None = None,
 ) -> Outcome:
-    """Run the method to its end, or one stage of it (`only`; its inputs must be there).
+    """Run the method to its end, or up to a stage of its last iteration (`until`), or one stage (`only`; its inputs must be there).
 
     mode: `auto` starts, or goes on where an unchanged configuration stopped; `resume` goes on also under a changed configuration, doing
     again what depends on the change; `fresh` sets an old folder aside. make_engine: for engines of your own (default: transformers).
@@ -72,7 +73,10 @@ def run(
         _write_config(context)
         if any(s.stage.manifest() is None for s in steps):
             reopen(trained)
-        new = _do(steps)
+        if until is not None:
+            last = max(i for i, s in enumerate(steps) if s.name == until)
+            return Outcome(folder.path, None, _do(steps[: last + 1], context))
+        new = _do(steps, context)
         settle(trained, next(s.stage for s in steps if s.name == "gate"))
         summary = summarise(context, steps, models, judging)
         write_json(folder.path / "summary.json", summary)
@@ -138,10 +142,12 @@ def _greet(run: Context, policy: Policy, steps: Sequence[Step]) -> None:
         check_askable(run.reference_judge.engine.inner, run.objectives, scorers_of(run.objectives, run.config.self_evaluation))
 
 
-def _do(steps: Sequence[Step]) -> bool:
+def _do(steps: Sequence[Step], run: Context) -> bool:
     """Do what is not done; True if there was anything."""
     todo = [s for s in steps if s.stage.manifest() is None]
     for step in todo:
+        if run.config.data_from and step.stage.take_from(Path(run.config.data_from) / step.stage.folder.relative_to(run.folder.path)):
+            continue
         try:
             step.do()
         except EngineFailed as e:
@@ -163,7 +169,7 @@ def _one_stage(run: Context, steps: Sequence[Step], only: str) -> Outcome:
             )
     _write_config(run)
     checks = [s for s in steps[:wanted] if s.name == "judge"]  # no command of its own: it is done where it is needed
-    return Outcome(run.folder.path, None, _do([*checks, steps[wanted]]))
+    return Outcome(run.folder.path, None, _do([*checks, steps[wanted]], run))
 
 
 def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:

@@ -47,6 +47,9 @@ def denoise(groups: Sequence[PromptGroup], objectives: Sequence[Objective], conf
 
 def check(group: PromptGroup, objectives: Sequence[Objective], config: DenoiseConfig, tau: float | None) -> Verdict:
     """The verdict on one group under a known tau (None: no upper bound). The first thing that fails gives the reason."""
+    if not config.enabled:
+        problem = _too_few_to_pair(group, objectives)
+        return Verdict(group, problem[0] if problem else None, None, problem[1] if problem else "")
     if group.refined is None and (lost := hopeless(group, objectives)):
         if lost[0] is DropReason.UNINFORMATIVE:  # top marks for all say more than that they are equal
             candidates = usable_candidates(group, objectives)
@@ -75,6 +78,15 @@ def hopeless(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | N
         return problem
     det = covariance_det([[score_of(c, o) for o in objectives] for c in candidates], ddof=0, scale=SCORE_MAX)
     return _uninformative(candidates, objectives) if det == 0 else None
+
+
+def _too_few_to_pair(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
+    """Without denoising: fewer than two usable responses, the refined one among them."""
+    n = len(usable((*group.candidates, group.refined), objectives))
+    if n >= 2:
+        return None
+    candidates = usable_candidates(group, objectives)
+    return _too_few(group) or _too_few_scored(group, candidates) or (DropReason.UNSCORED, f"{n} usable responses; two are needed")
 
 
 def usable(responses: Iterable[Response | None], objectives: Sequence[Objective]) -> tuple[Response, ...]:

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from operator import sub
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ from spalign.config import PairsConfig
 from spalign.constitution import Objective
 from spalign.errors import DataError
 from spalign.preference.denoise import is_usable
-from spalign.preference.order import SLACK, levels
+from spalign.preference.order import SLACK, levels, score_of
 from spalign.types import PreferencePair, PromptGroup, Response
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def make_pairs(group: PromptGroup, objectives: Sequence[Objective], config: Pair
     """All (x, y, y-) of Eq. 2 over Y = usable candidates + refined: y lexicographically greater, margin at least delta.
 
     G is the level (spalign.preference.order), so margin and gap are in score points. Of responses with the same tokens the
-    first by id stands. Greatest margin first.
+    first by id stands. Greatest margin first. With `weights`, greater is the one with the greater weighted mean.
     """
     responses = [r for r in (*group.candidates, group.refined) if r is not None]
-    places = pair_places(responses, [r.token_ids for r in responses], objectives, config)
+    refined = None if group.refined is None else len(responses) - 1
+    places = pair_places(responses, [r.token_ids for r in responses], objectives, config, refined=refined)
     return [
         PreferencePair(group.prompt, responses[p.chosen], responses[p.rejected], p.margin, p.gap, objectives[p.decided_by].name)
         for p in places
@@ -56,25 +58,48 @@ def make_pairs(group: PromptGroup, objectives: Sequence[Objective], config: Pair
 
 
 def pair_places(
-    responses: Sequence[Response], tokens: Sequence[Hashable], objectives: Sequence[Objective], config: PairsConfig
+    responses: Sequence[Response],
+    tokens: Sequence[Hashable],
+    objectives: Sequence[Objective],
+    config: PairsConfig,
+    *,
+    refined: int | None = None,
 ) -> list[Place]:
-    """`make_pairs` for one group's responses, whose texts and tokens nobody looks at but for `tokens`, equal where they are."""
+    """`make_pairs` for one group's responses, whose texts and tokens nobody looks at but for `tokens`, equal where they are.
+
+    refined: which of them is the refined one.
+    """
     distinct: dict[Hashable, int] = {}
     for i in sorted(range(len(responses)), key=lambda i: responses[i].id):
         if is_usable(responses[i], objectives):
             distinct.setdefault(tokens[i], i)
-    by_level = sorted([(levels(responses[i], objectives), i) for i in distinct.values()], reverse=True)
+    of = levels if config.weights is None else partial(weighted, weights=config.weights)
+    by_level = sorted([(of(responses[i], objectives), i) for i in distinct.values()], reverse=True)
     places, least = [], config.delta - SLACK
     for (up, chosen), (down, rejected) in combinations(by_level, 2):
         if up == down:
             continue
         differences = list(map(sub, up, down))
         margin = math.fsum(map(abs, differences))
-        if margin >= least:
+        if margin >= least and (config.chosen == "any" or chosen == refined):
             gap = abs(math.fsum(differences))
-            decided_by = 0 if differences[0] else next(k for k, d in enumerate(differences) if d)
+            if config.weights is not None:
+                decided_by = _heaviest(responses[chosen], responses[rejected], objectives, config.weights)
+            else:
+                decided_by = 0 if differences[0] else next(k for k, d in enumerate(differences) if d)
             places.append(Place(chosen, rejected, margin, gap if gap > SLACK else 0.0, decided_by))
     return sorted(places, key=lambda p: (-p.margin, responses[p.chosen].id, responses[p.rejected].id))
+
+
+def weighted(response: Response, objectives: Sequence[Objective], weights: Sequence[float]) -> tuple[float, ...]:
+    """The baseline's order: the weighted mean of the raw scores, in score points. Thresholds and resolutions mean nothing to it."""
+    return (math.fsum(w * score_of(response, o) for w, o in zip(weights, objectives, strict=True)) / math.fsum(weights),)
+
+
+def _heaviest(chosen: Response, rejected: Response, objectives: Sequence[Objective], weights: Sequence[float]) -> int:
+    """The objective that adds most to the winner's lead."""
+    leads = [w * (score_of(chosen, o) - score_of(rejected, o)) for w, o in zip(weights, objectives, strict=True)]
+    return leads.index(max(leads))
 
 
 def select_pairs(pairs_by_group: Sequence[Sequence[PreferencePair]], config: PairsConfig) -> Selection:

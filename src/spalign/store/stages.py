@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from spalign.errors import RunFolderError
-from spalign.store.files import Row, clear_errors, decode_row, digest, encode_rows, read_json, write_atomic, write_json
+from spalign.store.files import Row, clear_errors, decode_row, digest, encode_rows, link, read_json, write_atomic, write_json
 from spalign.store.journal import Journal
 
 Item = TypeVar("Item")
@@ -92,6 +92,22 @@ class Stage:
             n += 1
         with clear_errors(self.folder):
             self.folder.rename(aside)
+
+    def take_from(self, other: Path) -> bool:
+        """Make another run's finished stage of the same inputs this one's, by links where the file system has them; False: it is none.
+
+        A stage that holds folders (models) is none: what was trained stays where it is.
+        """
+        found = read_json(other / "manifest.json")
+        if not found or found.get("digest") != self.digest or any(p.is_dir() for p in other.iterdir()):
+            return False
+        self.begin()
+        with clear_errors(self.folder):
+            for path in sorted(other.iterdir(), key=lambda p: p.name == "manifest.json"):  # the manifest last: it says that all is there
+                if path.name in {p.name for p in self.folder.iterdir()}:
+                    (self.folder / path.name).unlink()
+                link(path, self.folder / path.name)
+        return True
 
     @contextlib.contextmanager
     def recording(self, number: int) -> Iterator[Journal]:

@@ -1,0 +1,346 @@
+"""A judged evaluation, stage by stage on disk: the models' answers, what a judge says of them (Inspect), and utility; then the figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spalign import prompts as prompt_sets
+from spalign.config import AssessConfig, RunConfig
+from spalign.constitution import Objective
+from spalign.engines.make import identify, load_engine
+from spalign.errors import ConfigError, PromptError
+from spalign.evaluation import assessed, bootstrap_mean, win_tie_lose
+from spalign.evaluation.inspect_tasks import Case, Read, judge_cases
+from spalign.evaluation.judges import Judge
+from spalign.evaluation.mt_bench import load_questions
+from spalign.pipeline.assess_judge import asked_judge, check_asked, own_judge, score_read
+from spalign.pipeline.context import EngineFactory, Policy
+from spalign.pipeline.evaluate import groups_of
+from spalign.report import Progress, assess_table
+from spalign.rollout import sample
+from spalign.store import Row, RunFolder, Stage, run_in_parts, write_atomic, write_json
+from spalign.types import Prompt, PromptGroup, Response, group_to_json
+
+_AT_ONCE = 1024
+"""Answers that wait for a judge of ours, which takes what waits as one batch."""
+
+
+def assess(config: AssessConfig, *, ui: Progress | None = None, make_engine: EngineFactory | None = None) -> dict[str, Any]:
+    """`spalign judge`: answers, judges and compares; the figures, which are also in results.json and table.md of the folder.
+
+    What is on disk of the same inputs is not done again. make_engine: for engines of your own. Raises SpalignError with the fix.
+    """
+    found = figures([judged(config, ui=ui, make_engine=make_engine)])
+    write_json(config.folder / "results.json", found)
+    write_atomic(config.folder / "table.md", assess_table(found).encode())
+    return found
+
+
+@dataclasses.dataclass
+class Judged:
+    """What was answered and said of it; label -> ...
+
+    groups: the prompts with their judged answers. verdicts: objective -> (intent, value) of every prompt, against the first label's.
+    mmlu: 1 or 0 for every question. mt_bench: of every question its two turns' scores.
+    """
+
+    config: AssessConfig
+    objectives: list[str]
+    prompts: list[Prompt]
+    judge: dict[str, Any]
+    groups: dict[str, list[PromptGroup]]
+    verdicts: dict[str, dict[str, list[tuple[str, float | None]]]]
+    mmlu: dict[str, list[int]]
+    mt_bench: dict[str, list[tuple[float | None, float | None]]]
+
+
+def judged(config: AssessConfig, *, ui: Progress | None = None, make_engine: EngineFactory | None = None) -> Judged:
+    """Everything that models are needed for; as `assess`."""
+    _need("inspect_ai", "eval")
+    if config.mmlu:
+        _need("lm_eval", "eval")
+    work = _Assessment(config, ui or Progress(quiet=True), make_engine)
+    work.folder.open()
+    try:
+        return work.do()
+    finally:
+        work.folder.close()
+
+
+def figures(seeds: Sequence[Judged]) -> dict[str, Any]:
+    """The figures of one evaluation, or of the same with other seeds: a prompt's value is then its mean over them."""
+    first = seeds[0]
+    config, names = first.config, first.objectives
+    how = {"resamples": config.bootstrap, "seed": config.seed}
+    groups = {label: [_together(same) for same in zip(*(s.groups[label] for s in seeds), strict=True)] for label in first.groups}
+    verdicts = {
+        label: {
+            o: win_tie_lose(
+                [(same[0][0], [v for _, v in same]) for same in zip(*(s.verdicts[label][o] for s in seeds), strict=True)], **how
+            )
+            for o in names
+        }
+        for label in first.verdicts
+    }
+    return {
+        "name": config.name,
+        "models": dict(config.models),
+        "baseline": next(iter(config.models)),
+        "objectives": names,
+        "lambdas": list(config.lambdas),
+        "seeds": len(seeds),
+        "prompts": {
+            "source": config.prompts.source if config.prompts else None,
+            "count": len(first.prompts),
+            **({"sha256": prompt_sets.sha256(first.prompts)} if first.prompts else {}),
+        },
+        "answer": config.answer.model_dump(),
+        "judge": first.judge,
+        "scores": assessed(groups, names, config.lambdas, **how) if groups else {},
+        "unscored": {
+            label: {n: sum(n not in r.scores for g in found for r in g.candidates) for n in names} for label, found in groups.items()
+        },
+        "pairwise": verdicts,
+        "utility": {label: _utility(label, seeds) for label in config.models},
+    }
+
+
+def _together(same: Sequence[PromptGroup]) -> PromptGroup:
+    """One prompt with the answers of all seeds."""
+    return same[0].replace(candidates=tuple(r for g in same for r in g.candidates))
+
+
+def _utility(label: str, seeds: Sequence[Judged]) -> dict[str, Any]:
+    config, out = seeds[0].config, dict[str, Any]()
+    how = {"resamples": config.bootstrap, "seed": config.seed}
+    if rows := [s.mmlu[label] for s in seeds if label in s.mmlu]:
+        each = [sum(same) / len(same) for same in zip(*rows, strict=True)]
+        out["mmlu"] = {"questions": len(each), "accuracy": bootstrap_mean(each, **how).to_json()}
+        base = [s.mmlu[next(iter(config.models))] for s in seeds]
+        theirs = [sum(same) / len(same) for same in zip(*base, strict=True)]
+        out["mmlu"]["difference"] = bootstrap_mean([x - y for x, y in zip(each, theirs, strict=True)], **how).to_json()
+    if pairs := [s.mt_bench[label] for s in seeds if label in s.mt_bench]:
+        turns = [[v for s in pairs for both in s if (v := both[turn]) is not None] for turn in (0, 1)]
+        means = [sum(k) / len(k) for same in zip(*pairs, strict=True) if (k := [v for both in same for v in both if v is not None])]
+        out["mt_bench"] = {
+            "questions": len(pairs[0]),
+            "score": bootstrap_mean(means, **how).to_json() if means else None,
+            **{f"turn_{n}": sum(k) / len(k) if k else None for n, k in enumerate(turns, 1)},
+            "unparsed": sum(v is None for s in pairs for both in s for v in both),
+        }
+    return out
+
+
+def _need(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"this needs the package {package}, which is not installed", hint=f"pip install 'spalign[{extra}]'")
+
+
+class _Assessment:
+    """One evaluation in progress; everything that needs no model is checked when it is made."""
+
+    def __init__(self, config: AssessConfig, ui: Progress, make_engine: EngineFactory | None) -> None:
+        self.config, self.ui = config, ui
+        self.folder = RunFolder(config.folder)
+        self.constitution = config.constitution_loaded()
+        self.objectives = self.constitution.objectives
+        self._make = make_engine or (lambda name: load_engine(name, config.engine))
+        self._given = make_engine
+        self.prompts = self._load_prompts()
+        self.questions = load_questions(config.mt_bench) if config.mt_bench else []
+        self.policies = {label: Policy(name, identify(name, config.engine), self._make) for label, name in config.models.items()}
+        if not config.judge.own:  # before any model answers
+            self.judge: Judge = asked_judge(config)
+
+    def _load_prompts(self) -> list[Prompt]:
+        config = self.config
+        if config.prompts is None:
+            return []
+        found = prompt_sets.load_prompts(config.prompts, config.prompts_config, note=lambda text: self.ui.line(f"note: {text}"))
+        for source in config.trained_on:
+            prompt_sets.check_disjoint(prompt_sets.load_prompts(source, config.prompts_config), found)
+        return found
+
+    def do(self) -> Judged:
+        config = self.config
+        answers: dict[str, Stage] = {}
+        turns: dict[str, tuple[Stage, Stage]] = {}
+        mmlu: dict[str, list[int]] = {}
+        for label, policy in self.policies.items():
+            if self.prompts:
+                answers[label] = self._answered(label, policy, "answers", self.prompts)
+            if config.mt_bench:
+                turns[label] = self._two_turns(label, policy)
+            policy.free()
+            if config.mmlu:
+                mmlu[label] = self._mmlu(label, policy)
+        if config.judge.own:
+            self.judge, check = own_judge(config, self.constitution, self.folder, self.ui, self._given)
+        else:
+            check = check_asked(self.judge, self.objectives, config.check, self._asked_once)
+        baseline, *others = config.models
+        return Judged(
+            config,
+            [o.name for o in self.objectives],
+            self.prompts,
+            {"model": config.judge.model, "scale": list(self.judge.scale), "asks": self.judge.asks, "check": check},
+            {label: self._judged(label, stage) for label, stage in answers.items()},
+            {o: self._compared(baseline, answers[baseline], o, answers[o]) for o in others} if config.pairwise and answers else {},
+            mmlu,
+            {label: self._mt_judged(label, stages) for label, stages in turns.items()},
+        )
+
+    # answers
+
+    def _answered(self, label: str, policy: Policy, name: str, prompts: Sequence[Prompt]) -> Stage:
+        config = self.config
+        settings = RunConfig(name=config.name).sample.model_copy(
+            update={
+                "n": config.answer.samples,
+                "temperature": config.answer.temperature,
+                "top_p": config.answer.top_p,
+                "max_new_tokens": config.answer.max_new_tokens,
+            }
+        )
+        inputs = {
+            "policy": policy.digest,
+            "prompts": prompt_sets.sha256(prompts),
+            "sample": settings.model_dump(),
+            "seed": config.seed,
+            "engine": config.engine.matters(),
+            "shard_size": config.shard_size,
+        }
+        stage = self.folder.stage(f"{label}/{name}", inputs)
+        if stage.manifest() is not None:
+            return stage
+        room = policy.engine.window - settings.max_new_tokens
+        for p in prompts:
+            if (n := len(policy.engine.encode_chat(p.messages))) > room:
+                raise PromptError(
+                    f"prompt '{p.id}' has {n} tokens, and '{label}' has room for {room} beside answer.max_new_tokens",
+                    hint="leave it out, or lower answer.max_new_tokens",
+                )
+        engine = policy.engine.of_stage(stage)
+        with self.ui.stage(f"{label}: {name}", len(prompts) * settings.n, "answers") as engine.tick:
+
+            def work(shard: Sequence[Prompt]) -> list[Row]:
+                found = sample(engine, shard, self.constitution.bare(), settings, seed=config.seed, purpose="judged")
+                return [group_to_json(g) for g in found]
+
+            run_in_parts(stage, prompts, config.shard_size, work, crew=engine)
+        return stage
+
+    def _two_turns(self, label: str, policy: Policy) -> tuple[Stage, Stage]:
+        one = [q.first for q in self.questions]
+        first = self._answered(label, policy, "mt-bench-1", one)
+        by_id = {g.prompt.id: g.candidates[0].text for g in groups_of(first)}
+        two = [q.after(by_id[q.first.id]) for q in self.questions]
+        return first, self._answered(label, policy, "mt-bench-2", two)
+
+    def _mmlu(self, label: str, policy: Policy) -> list[int]:
+        from spalign.evaluation.mmlu import mmlu
+
+        config = self.config
+        assert config.mmlu is not None
+        path = Path(config.mmlu.source)
+        stage = self.folder.stage(
+            f"{label}/mmlu",
+            {
+                "policy": policy.digest,
+                "mmlu": config.mmlu.model_dump(exclude={"batch_size"}),
+                "file": fingerprint_of(path) if path.is_file() else None,
+                "engine": config.engine.matters(),
+            },
+        )
+        if stage.manifest() is None:
+            began = time.perf_counter()
+            stage.begin()
+            self.ui.line(f"{label}: MMLU by lm-eval")
+            stage.write_part(0, mmlu(policy.name, config.mmlu, config.engine.here()))
+            stage.finish(seconds=round(time.perf_counter() - began, 3))
+        return [row["correct"] for row in stage.rows()]
+
+    # judging
+
+    def _run_judge(self, stage: Stage, name: str, cases: Sequence[Case], reads: Mapping[str, Read]) -> dict[str, dict[str, Any]]:
+        """Case id -> reading -> {value, said}: from the stage, or by the judge, whose logs are in the stage's folder."""
+        if stage.manifest() is None:
+            began = time.perf_counter()
+            stage.begin()
+            self.ui.line(f"{name}: {len(cases)} answers judged by {self.config.judge.model}")
+            at_once = _AT_ONCE if self.config.judge.own else self.config.judge.connections
+            found = judge_cases(name, cases, reads, stage.folder / "logs", at_once=at_once)
+            stage.write_part(0, [{"id": c.id, "readings": found[c.id]} for c in cases])
+            unparsed = {key: sum(row[key]["value"] is None for row in found.values()) for key in reads}
+            stage.finish(items=len(cases), unparsed=unparsed, seconds=round(time.perf_counter() - began, 3))
+        return {row["id"]: row["readings"] for row in stage.rows()}
+
+    def _inputs(self, **more: Any) -> dict[str, Any]:
+        return {"judge": self._judge_identity, "objectives": [[o.name, o.principle] for o in self.objectives], **more}
+
+    @property
+    def _judge_identity(self) -> Any:
+        config = self.config.judge
+        own = identify(config.own, config.engine or self.config.engine) if config.own else config.max_tokens
+        return [config.model, own, self.judge.asks]
+
+    def _judged(self, label: str, answers: Stage) -> list[PromptGroup]:
+        """The answers, scored."""
+        groups = groups_of(answers)
+        cases = [Case(r.id, g.prompt, r.text) for g in groups for r in g.candidates]
+        reads = {o.name: score_read(self.judge, o) for o in self.objectives}
+        found = self._run_judge(
+            self.folder.stage(f"{label}/judged", self._inputs(answers=answers.digest)), f"scores of {label}", cases, reads
+        )
+
+        def scored(response: Response) -> Response:
+            known = {name: reading["value"] for name, reading in found[response.id].items() if reading["value"] is not None}
+            return dataclasses.replace(response, scores=known)
+
+        return [g.replace(candidates=tuple(map(scored, g.candidates))) for g in groups]
+
+    def _compared(self, baseline: str, theirs: Stage, label: str, mine: Stage) -> dict[str, list[tuple[str, float | None]]]:
+        """label's first answers against the baseline's, objective by objective."""
+        pairs = list(zip(groups_of(mine), groups_of(theirs), strict=True))
+        cases = [Case(a.prompt.id, a.prompt, a.candidates[0].text, b.candidates[0].text) for a, b in pairs]
+
+        def prefer(objective: Objective) -> Read:
+            async def read(case: Case) -> Any:
+                return await self.judge.prefer(case.prompt, case.answer, case.other, objective)
+
+            return read
+
+        stage = self.folder.stage(f"{label}/against-{baseline}", self._inputs(mine=mine.digest, theirs=theirs.digest))
+        found = self._run_judge(stage, f"{label} against {baseline}", cases, {o.name: prefer(o) for o in self.objectives})
+        return {o.name: [(c.prompt.intent, found[c.id][o.name]["value"]) for c in cases] for o in self.objectives}
+
+    def _mt_judged(self, label: str, stages: tuple[Stage, Stage]) -> list[tuple[float | None, float | None]]:
+        async def quality(case: Case) -> Any:
+            return await self.judge.quality(case.prompt, case.answer, case.other)
+
+        cases = [
+            Case(g.prompt.id, g.prompt, g.candidates[0].text, q.references[turn], {"turn": turn + 1})
+            for turn, stage in enumerate(stages)
+            for q, g in zip(self.questions, groups_of(stage), strict=True)
+        ]
+        stage = self.folder.stage(f"{label}/mt-bench-judged", self._inputs(answers=[s.digest for s in stages]))
+        found = self._run_judge(stage, f"MT-Bench of {label}", cases, {"quality": quality})
+        one, two = ([found[c.id]["quality"]["value"] for c in cases if c.facts["turn"] == turn] for turn in (1, 2))
+        return list(zip(one, two, strict=True))
+
+    def _asked_once(self, what: str, cases: Sequence[Case], reads: Mapping[str, Read]) -> dict[str, dict[str, Any]]:
+        rows = [[c.prompt.text, c.answer] for c in cases]
+        return self._run_judge(
+            self.folder.stage(f"judge/check-{what}", self._inputs(rows=rows)), f"check of the judge, {what}", cases, reads
+        )
+
+
+def fingerprint_of(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
