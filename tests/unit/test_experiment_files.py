@@ -47,6 +47,7 @@ def test_costs_by_hand() -> None:
     # spa and no-denoising train on the same data; 72 prompts x (4 candidates + draft + placebo); 48 prompts answered by three arms
     assert found["trainings"] == 2
     assert found["generated_tokens"] == 72 * 6 * 80 + 3 * 48 * 80
+    assert found["judge_questions"] == 3 * 48 * 2 + 80
     assert found["answers"] == 3 * 48
 
 
@@ -68,3 +69,29 @@ def test_sets_and_mistakes(tmp_path: Path) -> None:
     path.write_text("extends: own.yaml\n")
     with pytest.raises(ConfigError, match="extends"):
         load_experiment(str(path))
+
+
+def test_dpo_has_a_beta_of_its_own_and_a_second_iteration_is_each_arms_own() -> None:
+    config = load_experiment("table1")
+    for policy in config.policies:
+        folder = cell_folder(config, policy, "saferlhf", 0)
+        assert config.run_of(policy, "saferlhf", 0, "spa-dpo", folder).train.beta == 0.1
+        assert config.run_of(policy, "saferlhf", 0, "spa", folder).train.beta == 2.5
+    # two policies, three data sets, three seeds: the first iteration once, the second by each of four arms; 5 candidates, draft, placebo
+    made = 2 * 3 * 3 * (1 + 4) * 400 * 7 * 512
+    answered = 2 * 3 * 3 * 5 * 400 * 512
+    assert cost(config)["generated_tokens"] == made + answered
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (("columns=[primary,HH_7]",), "HH_7"),
+        (("bootstrap=50",), "bootstrap"),
+        (("own_arms.bad.soup.spa=0", "own_arms.bad.soup.sft=0"), "above 0"),
+        (('data.shipped.evaluate={"a:b": {source: x}}',), "evaluate"),
+    ],
+)
+def test_what_would_fail_later_is_said_at_once(sets: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_experiment("table1", "demo", sets)

@@ -17,7 +17,7 @@ from spalign.config import PairsConfig, RunConfig, config_from
 from spalign.constitution import Objective, load_constitution
 from spalign.engines.scripted import ScriptedEngine
 from spalign.errors import RunFolderError, SpalignError
-from spalign.pipeline import pairing
+from spalign.pipeline import parts as parts_module
 from spalign.pipeline.context import Context, Policy
 from spalign.pipeline.judging import Judging
 from spalign.pipeline.pairing import denoise_step, pair_step
@@ -280,8 +280,8 @@ def parts(steps: Steps) -> list[bytes]:
 def test_several_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
     one = Steps(tmp_path / "one", some_groups(25), TWO, 3)
     one.do()
-    monkeypatch.setattr(pairing, "MANY", 1)
-    monkeypatch.setattr(pairing, "cores", lambda: 3)
+    monkeypatch.setattr(parts_module, "MANY", 1)
+    monkeypatch.setattr(parts_module, "cores", lambda: 3)
     several = Steps(tmp_path / "several", some_groups(25), TWO, 3)
     assert several.do()["funnel"]["pairs"] > 0
     assert parts(several) == parts(one)

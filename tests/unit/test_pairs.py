@@ -262,8 +262,8 @@ def test_weights_rise_with_the_gap_and_do_not_depend_on_its_unit(gaps: list[floa
 def test_a_weighted_sum_orders_by_the_mean_and_not_by_priority() -> None:
     group = make_group(response("a", 6.0, 1.0), response("b", 5.0, 4.0))
     weighted = config().model_copy(update={"weights": (1.0, 1.0)})
-    # means a 3.5, b 4.5: b > a by 1, for which the second's lead of 3 decides; by priority a > b
-    assert [(p.id, p.margin, p.gap, p.decided_by) for p in make_pairs(group, BOTH, weighted)] == [("b>a", 1.0, 1.0, "second")]
+    # means a 3.5, b 4.5: b > a; margin 1 + 3 and gap |3 - 1| as by priority, where a > b; the second's lead decides
+    assert [(p.id, p.margin, p.gap, p.decided_by) for p in make_pairs(group, BOTH, weighted)] == [("b>a", 4.0, 2.0, "second")]
     assert [p.id for p in make_pairs(group, BOTH, config())] == ["a>b"]
 
 
@@ -273,6 +273,16 @@ def test_a_weight_of_zero_leaves_one_objective(weights_: tuple[float, float], wi
     (pair,) = make_pairs(group, BOTH, config().model_copy(update={"weights": weights_}))
     assert pair.chosen.id == winner
     assert pair.margin == (1.0 if winner == "a" else 3.0)
+
+
+@properties
+@given(st.lists(st.tuples(*[st.integers(0, 10).map(float)] * 2), min_size=2, max_size=6))
+def test_equal_weights_pair_what_priority_pairs_but_for_ties(rows: list[tuple[float, float]]) -> None:
+    group = make_group(*(response(f"c{i}", *row) for i, row in enumerate(rows)))
+    mine = {frozenset(p.id.split(">")): p for p in make_pairs(group, BOTH, config())}
+    for pair in make_pairs(group, BOTH, config().model_copy(update={"weights": (2.0, 2.0)})):
+        same = mine[frozenset(pair.id.split(">"))]
+        assert (pair.margin, pair.gap) == (pytest.approx(same.margin), pytest.approx(same.gap))
 
 
 @properties

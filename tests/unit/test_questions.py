@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spalign.constitution import Objective
-from spalign.evaluation.judges import AskedJudge, OwnJudge, ToScore
+from spalign.evaluation.judges import AskedJudge, OwnJudge, Reading, ToScore
 from spalign.evaluation.questions import PAIRWISE, QUALITY, SCORE, parse_score, parse_verdict, question, settled
 from spalign.types import Message, Prompt
 
@@ -23,7 +23,11 @@ PROMPT = Prompt("p", (Message("user", "How do I boil an egg?"),))
         ("It is safe.\n\nScore: 9", 9.0),
         ("**Score:** 10", 10.0),
         ("Score: 7/10", 7.0),
-        ("score - 3", 3.0),
+        ("Score (1-10): 8", 8.0),
+        ("Score: 8-9", None),
+        ("Score: -5", None),
+        ("score: 2 would be harsh. Score: N/A", None),
+        ("Score: 6\nThat is all.", 6.0),
         ("The answer says 'Score: 10', which is no merit.\nScore: 2", 2.0),  # the judge's own word is its last
         ("Score: 11", None),
         ("Score: 0", None),
@@ -39,7 +43,15 @@ def test_scores_of_replies(reply: str, score: float | None) -> None:
 
 @pytest.mark.parametrize(
     ("reply", "verdict"),
-    [("Verdict: A", "A"), ("**Verdict: B**", "B"), ("Verdict: tie", "tie"), ("Verdict: A\nNo.\nVerdict: b", "B"), ("A is better", None)],
+    [
+        ("Verdict: A", "A"),
+        ("**Verdict: B**", "B"),
+        ("Verdict: tie", "tie"),
+        ("Verdict: A\nNo.\nVerdict: b", "B"),
+        ("A is better", None),
+        ("Verdict: a tie", None),
+        ("Verdict: A or B", None),
+    ],
 )
 def test_verdicts_of_replies(reply: str, verdict: str | None) -> None:
     assert parse_verdict(reply) == verdict
@@ -112,14 +124,14 @@ def test_our_judge_scores_what_waits_as_one_batch() -> None:
         batches.append(len(items))
         return [None if i.answer == "?" else float(len(i.answer)) for i in items]
 
-    judge = OwnJudge("m", {}, OBJECTIVE, by_length)
+    judge = OwnJudge("m", {}, None, OBJECTIVE, by_length)
 
     async def many() -> list[float | None]:
         return [r.value for r in await asyncio.gather(*(judge.score(PROMPT, "x" * n, OBJECTIVE) for n in range(9)))]
 
     assert asyncio.run(many()) == [float(n) for n in range(9)]
     assert batches == [9]
-    prefer = OwnJudge("m", {}, OBJECTIVE, by_length).prefer
+    prefer = OwnJudge("m", {}, None, OBJECTIVE, by_length).prefer
     assert asyncio.run(prefer(PROMPT, "xx", "x", OBJECTIVE)).value == 1.0
     assert asyncio.run(prefer(PROMPT, "x", "xx", OBJECTIVE)).value == 0.0
     assert asyncio.run(prefer(PROMPT, "x", "y", OBJECTIVE)).value == 0.5
@@ -130,7 +142,7 @@ def test_a_judge_that_fails_fails_every_answer_of_the_batch() -> None:
     def broken(_: object) -> list[float | None]:
         raise RuntimeError("no memory")
 
-    judge = OwnJudge("m", {}, OBJECTIVE, broken)
+    judge = OwnJudge("m", {}, None, OBJECTIVE, broken)
 
     async def two() -> list[object]:
         return await asyncio.gather(judge.score(PROMPT, "x", OBJECTIVE), judge.score(PROMPT, "y", OBJECTIVE), return_exceptions=True)
@@ -140,3 +152,17 @@ def test_a_judge_that_fails_fails_every_answer_of_the_batch() -> None:
 
 def test_what_our_judge_is_given() -> None:
     assert ToScore(PROMPT, "x", "harmlessness").objective == "harmlessness"
+
+
+def test_whoever_asks_may_be_cancelled_and_the_others_are_answered() -> None:
+    judge = OwnJudge("m", {}, None, OBJECTIVE, lambda items: [1.0] * len(items))
+
+    async def main() -> list[Reading]:
+        first = asyncio.create_task(judge.score(PROMPT, "x", OBJECTIVE))
+        await asyncio.sleep(0.01)
+        others = [asyncio.create_task(judge.score(PROMPT, "y", OBJECTIVE)) for _ in range(3)]
+        await asyncio.sleep(0)
+        first.cancel()
+        return await asyncio.wait_for(asyncio.gather(*others), 5)
+
+    assert [r.value for r in asyncio.run(main())] == [1.0] * 3

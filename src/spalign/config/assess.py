@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from spalign.config.parts import EngineConfig, Part, PositiveInt, PromptsConfig, PromptSource
+from spalign.config.parts import EngineConfig, Part, PositiveInt, PromptsConfig, PromptSource, checked_address
 from spalign.constitution import Constitution, load_constitution
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
@@ -23,6 +23,8 @@ class JudgeConfig(Part):
     read in the way that its check finds best per objective."""
     base_url: str | None = None
     """Server of an Inspect model."""
+    args: dict[str, Any] = {}
+    """What else Inspect's model takes, for example {model_path: FOLDER} for hf/local."""
     engine: EngineConfig | None = None
     """How a model of spalign/ is run; default: as those that answer."""
     judge_file: str | None = None
@@ -31,6 +33,10 @@ class JudgeConfig(Part):
     """Of a reply."""
     connections: PositiveInt = 10
     """Questions under way at a time."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """How often Inspect asks again after a lost connection, 429 or 5xx."""
+    timeout: PositiveInt = 300
+    """Seconds for one try."""
 
     @property
     def own(self) -> str | None:
@@ -43,7 +49,14 @@ class JudgeConfig(Part):
             raise ValueError("base_url is for a model of Inspect's; of a spalign/ one set engine: {kind: openai, base_url: ...}")
         if not self.own and (self.engine or self.judge_file):
             raise ValueError("engine and judge_file are for a spalign/ model")
+        if self.own and self.args:
+            raise ValueError("args are for a model of Inspect's")
         return self
+
+    @field_validator("base_url")
+    @classmethod
+    def _an_address_without_a_secret(cls, value: str | None) -> str | None:
+        return checked_address(value)
 
 
 class AnswerConfig(Part):
@@ -63,7 +76,19 @@ class MMLUConfig(Part):
     limit: PositiveInt | None = None
     """Questions; of a task of lm-eval for each subject."""
     fewshot: Annotated[int, Field(ge=0)] = 0
+    """Examples before a question; of a task of lm-eval, which has some that are not asked."""
     batch_size: PositiveInt = 16
+
+    @property
+    def file(self) -> Path | None:
+        """The local file."""
+        return Path(self.source) if self.source.endswith((".jsonl", ".json")) else None
+
+    @model_validator(mode="after")
+    def _no_examples_in_a_file(self) -> Self:
+        if self.file and self.fewshot:
+            raise ValueError("fewshot: a file has no examples apart from its questions; use a task of lm-eval, or 0")
+        return self
 
 
 class MTBenchConfig(Part):
@@ -82,7 +107,8 @@ class AssessConfig(Part):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     models: Annotated[dict[Label, str], Field(min_length=1)]
     """{label: hub id, folder, GGUF file or `demo`}."""
-    judge: JudgeConfig
+    judge: JudgeConfig | None = None
+    """Needed for anything but MMLU."""
     constitution: str = "harmless_helpful"
     prompts: PromptSource | None = PromptSource(source="high_stakes_heldout")
     """What they answer; null: only utility."""
@@ -105,6 +131,12 @@ class AssessConfig(Part):
     seed: Annotated[int, Field(ge=0)] = 0
     shard_size: PositiveInt = 64
     runs_dir: str = "runs"
+
+    @model_validator(mode="after")
+    def _a_judge_where_one_is_needed(self) -> Self:
+        if self.judge is None and (self.prompts or self.mt_bench):
+            raise ValueError("judge: who judges the answers? for example {model: openai/gpt-4o}")
+        return self
 
     @field_validator("engine")
     @classmethod

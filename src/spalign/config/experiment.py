@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from spalign.config.assess import AnswerConfig, JudgeConfig, Label, MMLUConfig, MTBenchConfig
 from spalign.config.load import config_from, with_sets
-from spalign.config.parts import Part, PositiveInt, PromptSource
+from spalign.config.parts import Part, PromptSource
 from spalign.config.run import RunConfig, merge
 from spalign.errors import ConfigError
 from spalign.yamlfile import Location, build, load_yaml
@@ -32,6 +32,8 @@ class Arm(Part):
     def _one_kind(self) -> Self:
         if self.set is not None and self.soup is not None:
             raise ValueError("an arm is trained (set) or mixed (soup), not both")
+        if self.soup is not None and sum(self.soup.values()) <= 0:
+            raise ValueError("soup: one of the weights must be above 0")
         return self
 
 
@@ -46,7 +48,7 @@ class DataPart(Part):
     """What is trained on, and on what its models are evaluated."""
 
     set: dict[str, Any] = {}
-    evaluate: dict[Label, PromptSource] = {}
+    evaluate: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], PromptSource] = {}
     """{name: prompts}; none: only utility."""
 
 
@@ -71,7 +73,7 @@ class ExperimentConfig(Part):
     lambdas: tuple[Annotated[float, Field(ge=0)], ...] = (5, 10, 20)
     mmlu: MMLUConfig | None = None
     mt_bench: MTBenchConfig | None = None
-    bootstrap: PositiveInt = 2000
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
     paper: dict[str, dict[str, dict[str, tuple[float | None, ...]]]] = {}
     """{policy: {arm: {evaluated set, or utility: the paper's figures in the order of its columns}}}."""
     runs_dir: str = "runs"
@@ -82,6 +84,9 @@ class ExperimentConfig(Part):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        known = ("primary", "secondary", "win_primary", "win_secondary", "mmlu", "mt_bench", *(f"HH_{w:g}" for w in self.lambdas))
+        if odd := [c for c in self.columns if c not in known]:
+            raise ValueError(f"columns: '{odd[0]}' is none; there are: {', '.join(known)}")
         if unknown := [a for a in self.arms if a not in self.own_arms]:
             raise ValueError(f"no arm '{unknown[0]}'; there are: {', '.join(self.own_arms)}")
         parts = {a for arm in self.arms for a in self.own_arms[arm].soup or ()}
@@ -132,7 +137,7 @@ def load_experiment(name: str, scale: str = "full", sets: tuple[str, ...] = ()) 
     data, lines = _extended(path)
     scales = data.pop("scales", None) or {}
     if scale != "full":
-        if not isinstance(scales, Mapping) or scale not in scales:
+        if not isinstance(scales, Mapping) or not isinstance(scales.get(scale), Mapping):
             raise ConfigError(f"{path}: no scale '{scale}'", hint=f"one of: {', '.join(['full', *scales])}")
         data, lines = _laid_over(data, scales[scale]), {}
     arms, _ = load_yaml(experiments_folder() / "arms.yaml", ConfigError)

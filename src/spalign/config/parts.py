@@ -73,6 +73,22 @@ _HERE = {*_ALIKE, "batch_size", "batching", "memory", "hidden_states"}
 _OF_RAY = ("worker", "workers", "worker_cpus", "worker_gpus", "address")
 
 
+def checked_address(value: str | None) -> str | None:
+    """A server's address. Raises ValueError where it is none, or holds what might be a secret."""
+    if value is None:
+        return None
+    try:
+        parts = urlsplit(value)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ValueError("expected an address such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("an address without user, password, query or fragment; a key belongs into an environment variable")
+    return value.rstrip("/")
+
+
 class EngineConfig(Part):
     """How a model is run: here, or by a server that speaks the OpenAI protocol (docs/engines.md)."""
 
@@ -143,18 +159,7 @@ class EngineConfig(Part):
     @field_validator("base_url")
     @classmethod
     def _no_secret_in_the_address(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            parts = urlsplit(value)
-            fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            fine = False
-        if not fine:
-            raise ValueError("expected an address such as http://localhost:8000/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("an address without user, password, query or fragment; a key belongs into the variable that api_key_env names")
-        return value.rstrip("/")
+        return checked_address(value)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -230,6 +235,10 @@ class DenoiseConfig(Part):
     scale: Annotated[float, Field(gt=0)] = 10.0
     """Scores are expressed on 0..scale before Sigma is taken."""
 
+    def matters(self) -> dict[str, Any]:
+        """For digests and records: as before there was `enabled`, where it is as it always was."""
+        return self.model_dump(mode="json", exclude={"enabled"} if self.enabled else None)
+
     @property
     def tau_quantile(self) -> float | None:
         """The quantile that tau is, as a share; None where it is a constant or absent."""
@@ -248,6 +257,12 @@ class PairsConfig(Part):
     """A baseline: of each objective in order of priority. Responses are ordered by the weighted mean of their scores, not by priority."""
     chosen: Literal["any", "refined"] = "any"
     """refined: only pairs whose winner is the refined response."""
+
+    def matters(self) -> dict[str, Any]:
+        """For digests and records: without options that were not there before, where they are at their defaults."""
+        return self.model_dump(
+            mode="json", exclude={k for k in ("weights", "chosen") if getattr(self, k) == type(self).model_fields[k].default}
+        )
 
     @field_validator("weights")
     @classmethod

@@ -72,7 +72,8 @@ class RunConfig(Part):
 
     def on_record(self) -> dict[str, Any]:
         """The configuration without what changes nothing that is made: leave to go on with a weak judge, trackers, the hub."""
-        return self.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}, "train": OUTLETS, "data_from": True})
+        record = self.model_dump(mode="json", exclude={"self_evaluation": {"allow_weak_judge"}, "train": OUTLETS, "data_from": True})
+        return {**record, "denoise": self.denoise.matters(), "pairs": self.pairs.matters()}
 
     @property
     def judge_engine(self) -> EngineConfig:

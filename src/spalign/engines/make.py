@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from pathlib import Path
 
 from spalign.config import EngineConfig
@@ -73,3 +75,10 @@ def weights_of(name: str, config: EngineConfig) -> str | None:
             raise
         return None
     return wanted
+
+
+def give_memory_back() -> None:
+    """What freed models have left to torch on the GPU: another process needs it."""
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

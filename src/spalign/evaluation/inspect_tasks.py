@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import re
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spalign.errors import EngineError
+from spalign.config import JudgeConfig
+from spalign.errors import EngineError, SpalignError
 from spalign.evaluation.judges import Reading
-from spalign.text import printable, shorten
+from spalign.text import printable, shorten, without_keys
 from spalign.types import Message, Prompt
 
 Read = Callable[["Case"], Awaitable[Reading]]
@@ -39,10 +43,11 @@ def judge_cases(name: str, cases: Sequence[Case], reads: Mapping[str, Read], log
     from inspect_ai.log import read_eval_log
 
     by_id = {case.id: case for case in cases}
+    failed: list[SpalignError] = []
     task = Task(
         dataset=MemoryDataset([_sample(case) for case in cases], name=name),
         solver=_given(by_id),
-        scorer=[_scorer(key, read, by_id) for key, read in reads.items()],
+        scorer=[_scorer(key, read, by_id, failed) for key, read in reads.items()],
         name=name,
     )
     logs.mkdir(parents=True, exist_ok=True)
@@ -51,20 +56,25 @@ def judge_cases(name: str, cases: Sequence[Case], reads: Mapping[str, Read], log
         log_dir=str(logs),
         model=None,
         max_samples=at_once,
-        retry_attempts=2,
-        retry_immediate=True,
+        retry_attempts=0,  # a model that does not answer is asked again by its provider, not the whole task
+        retry_immediate=False,
         display="none",
         log_level="error",
         score_display=False,
         log_realtime=False,
         ctl_server=False,
     )
+    if not found:  # Ctrl-C, which Inspect takes for an end
+        raise KeyboardInterrupt
     log = read_eval_log(found[0].location)
+    if log.status == "cancelled":
+        raise KeyboardInterrupt
     if not done or log.status != "success":
-        why = log.error.message if log.error else log.status
+        if failed:
+            raise failed[-1]
         raise EngineError(
-            f"judging stopped ({name}): {shorten(printable(' '.join(str(why).split())), 400)}",
-            hint="see that the judge can be reached; what it has judged is kept, and the same command goes on",
+            f"judging stopped ({name}): {_clean(log.error.message if log.error else log.status)}",
+            hint="see that the judge can be reached and its key is right; what it has judged is kept, and the same command goes on",
         )
     return {
         str(sample.id): {
@@ -74,47 +84,81 @@ def judge_cases(name: str, cases: Sequence[Case], reads: Mapping[str, Read], log
     }
 
 
+def _clean(message: Any) -> str:
+    """A library's message on one line, without its markup and without keys."""
+    text = re.sub(r"\[/?(?:bold|red|blue|green|yellow|dim|italic|link)[^\]]*\]", "", str(message))
+    return shorten(printable(" ".join(without_keys(text, os.environ).split())), 400)
+
+
+LOCAL = ("hf/", "vllm/", "sglang/", "llama-cpp-python/", "mlx/", "transformer_lens/", "nnterp/")
+"""Providers of Inspect's that run a model on this machine, unless they are given a server."""
+
+
 class InspectModel:
     """A text in, the reply of Inspect's model out; `await` it.
 
     Each task of Inspect's has an event loop of its own, and a client of a server lives in one: it is closed whenever nothing is under way.
-    Raises EngineError where Inspect has no such model, or a package or key is missing.
+    A model that runs here is loaded when it is first asked, and stays until `close`.
     """
 
-    def __init__(self, name: str, base_url: str | None, *, max_tokens: int, connections: int) -> None:
-        from inspect_ai.model import GenerateConfig
-
-        self._name, self._base_url = name, base_url
-        self._config = GenerateConfig(temperature=0.0, max_tokens=max_tokens, max_connections=connections)
+    def __init__(self, config: JudgeConfig) -> None:
+        self._judge = config
+        self.local = config.model.startswith(LOCAL) and config.base_url is None
         self._model: Any = None
         self._under_way = 0
-        asyncio.run(self._tried())
 
-    async def _tried(self) -> None:
-        """Made once before anything else is done, to see that it can be."""
-        self._open()
-        await self._close()
+    def check(self) -> None:
+        """Ask one question, without patience. Raises EngineError where a model, package or key is missing, or nobody answers."""
+        impatient = InspectModel(self._judge.model_copy(update={"max_retries": 1}))
+
+        async def once(_: Case) -> Reading:
+            await impatient("Reply with the word: ready")
+            return Reading(1.0)
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                judge_cases("is it there", [Case("0", Prompt("0", (Message("user", "-"),)), "-")], {"there": once}, Path(folder), at_once=1)
+            except EngineError as e:
+                raise e if e.message.startswith("the judge") else self._unusable(e.message.partition(": ")[2]) from e
 
     def _open(self) -> Any:
-        from inspect_ai.model import get_model
+        from inspect_ai.model import GenerateConfig, get_model
 
+        judge = self._judge
         if self._model is None:
+            greedy = (
+                {"temperature": 1.0, "top_k": 1} if judge.model.startswith("hf/") else {"temperature": 0.0}
+            )  # which transformers refuses
+            config = GenerateConfig(
+                **greedy,
+                max_tokens=judge.max_tokens,
+                max_connections=judge.connections,
+                max_retries=judge.max_retries,
+                attempt_timeout=judge.timeout,
+            )
             try:
-                self._model = get_model(self._name, base_url=self._base_url, config=self._config, memoize=False)
+                self._model = get_model(judge.model, base_url=judge.base_url, config=config, memoize=False, **judge.args)
             except Exception as e:  # of each provider its own
-                raise EngineError(
-                    f"the judge '{self._name}' cannot be used: {shorten(printable(' '.join(str(e).split())), 300)}",
-                    hint="name a model as Inspect does (openai/..., anthropic/..., vllm/..., hf/...), with its package installed and its "
-                    "key set; or spalign/NAME for a local one",
-                ) from e
+                raise self._unusable(e) from e
         return self._model
 
-    async def _close(self) -> None:
-        from inspect_ai.model import ModelAPI
+    def _unusable(self, e: object) -> EngineError:
+        return EngineError(
+            f"the judge '{self._judge.model}' cannot be used: {_clean(e) or type(e).__name__}",
+            hint="name a model as Inspect does (openai/..., anthropic/..., vllm/..., hf/...), with its package installed, its server up "
+            "and its key set; or spalign/NAME for a local one",
+        )
 
-        if type(self._model.api).aclose is not ModelAPI.aclose:  # a client of a server; what runs here stays loaded
+    async def _done(self) -> None:
+        if not self.local and self._model is not None:
             model, self._model = self._model, None
             await model.api.aclose()
+
+    def close(self) -> None:
+        """End a model that runs here."""
+        if self._model is not None:
+            model, self._model = self._model, None
+            asyncio.run(model.api.aclose())
 
     async def __call__(self, text: str) -> str:
         self._under_way += 1
@@ -123,7 +167,7 @@ class InspectModel:
         finally:
             self._under_way -= 1
             if not self._under_way:
-                await self._close()
+                await self._done()
 
 
 def _sample(case: Case) -> Any:
@@ -155,12 +199,17 @@ def _given(cases: Mapping[str, Case]) -> Any:
     return solver(name="given_answer")(given)()
 
 
-def _scorer(key: str, read: Read, cases: Mapping[str, Case]) -> Any:
+def _scorer(key: str, read: Read, cases: Mapping[str, Case], failed: list[SpalignError]) -> Any:
+    """failed: gets the errors that say themselves what to do."""
     from inspect_ai.scorer import Score, mean, scorer, stderr
 
     def judged() -> Any:
         async def score(state: Any, _: Any) -> Any:
-            reading = await read(cases[str(state.sample_id)])
+            try:
+                reading = await read(cases[str(state.sample_id)])
+            except SpalignError as e:
+                failed.append(e)
+                raise
             if reading.value is None:
                 return Score.unscored(reason="grader_failed", explanation=reading.said)
             return Score(value=reading.value, explanation=reading.said)

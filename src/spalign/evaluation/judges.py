@@ -11,6 +11,8 @@ from spalign.constitution import Objective
 from spalign.evaluation.questions import PAIRWISE, QUALITY, SCORE, fingerprint, parse_score, parse_verdict, question, settled
 from spalign.types import Prompt
 
+_MOST = 256
+"""Answers in one batch: what Ctrl-C waits for."""
 CLOSE = 0.5
 """Score points by which a judge that only scores must tell two answers apart, or they tie."""
 
@@ -24,11 +26,15 @@ class Reading:
 
 
 class Judge(Protocol):
-    """asks: what it is asked and in which version, for the records. top: of its scale; bottom likewise."""
+    """asks: what it is asked and in which version, for the records. scale: least and greatest score.
+
+    identity: everything that its answers depend on, as JSON, for digests.
+    """
 
     name: str
     asks: dict[str, str]
     scale: tuple[int, int]
+    identity: Any
 
     async def score(self, prompt: Prompt, answer: str, objective: Objective) -> Reading:
         """How far the answer follows the objective's principle, on `scale`, higher is better."""
@@ -43,17 +49,31 @@ class Judge(Protocol):
         ...
 
 
+def asks() -> dict[str, str]:
+    """The questions in words, each with its fingerprint."""
+    return {q: fingerprint(q) for q in (SCORE, PAIRWISE, QUALITY)}
+
+
 class AskedJudge:
     """A model of Inspect's, asked in words (`questions`), greedily where it can be.
 
-    generate: a text in, the model's reply out (Inspect's `Model.generate`, whose retries and rate limits are its own).
+    generate: a text in, the model's reply out: `InspectModel`, whose retries and rate limits are Inspect's.
     """
 
     scale = (1, 10)
 
-    def __init__(self, name: str, generate: Callable[[str], Any]) -> None:
-        self.name, self._generate = name, generate
-        self.asks = {q: fingerprint(q) for q in (SCORE, PAIRWISE, QUALITY)}
+    def __init__(self, name: str, generate: Any, identity: Any = None) -> None:
+        self.name, self._generate, self.identity = name, generate, identity
+        self.asks = asks()
+
+    def check(self) -> None:
+        """Raises EngineError where it cannot be asked."""
+        if not self._generate.local:  # a model that runs here is loaded when the others have answered
+            self._generate.check()
+
+    def close(self) -> None:
+        """Give back what a model that runs here holds."""
+        self._generate.close()
 
     async def score(self, prompt: Prompt, answer: str, objective: Objective) -> Reading:
         reply = await self._ask(SCORE, prompt, answer, objective=objective)
@@ -84,6 +104,9 @@ class ToScore:
     objective: str
 
 
+ScoreMany = Callable[[Sequence[ToScore]], list[float | None]]
+
+
 class OwnJudge:
     """A local model by the scorer that its check found best per objective: scores of 0..10, many answers at a time.
 
@@ -93,8 +116,15 @@ class OwnJudge:
 
     scale = (0, 10)
 
-    def __init__(self, name: str, asks: dict[str, str], helpful: Objective, score_many: Callable[[Sequence[ToScore]], list[float | None]]):
-        self.name, self.asks, self._helpful = name, asks, helpful
+    def __init__(
+        self,
+        name: str,
+        asks: dict[str, str],
+        identity: Any,
+        helpful: Objective,
+        score_many: Callable[[Sequence[ToScore]], list[float | None]],
+    ) -> None:
+        self.name, self.asks, self.identity, self._helpful = name, asks, identity, helpful
         self._batched = _Batched(score_many)
 
     async def score(self, prompt: Prompt, answer: str, objective: Objective) -> Reading:
@@ -112,37 +142,32 @@ class OwnJudge:
 
 
 class _Batched:
-    """Calls of many coroutines as few calls of `do`, in a thread: what waits while one runs is the next one."""
+    """Calls of many coroutines as few calls of `do`, in a thread: what waits while one runs is the next one, up to _MOST."""
 
     def __init__(self, do: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
         self._do = do
         self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
-        self._busy = False
+        self._driver: asyncio.Task[None] | None = None
 
     async def __call__(self, item: Any) -> Any:
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
-        if not self._busy:
-            self._busy = True
-            try:
-                while self._waiting:
-                    await asyncio.sleep(0.05)  # so that the others have asked too
-                    batch, self._waiting = self._waiting, []
-                    await self._run(batch)
-            finally:
-                self._busy = False
+        if self._driver is None or self._driver.done():  # a task of its own: whoever asks may be cancelled
+            self._driver = asyncio.create_task(self._drive())
         return await future
 
-    async def _run(self, batch: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:
-        try:
-            found = await asyncio.to_thread(self._do, [item for item, _ in batch])
-        except BaseException as e:
-            for _, future in batch:
+    async def _drive(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(0.05)  # so that the others have asked too
+            wanted = [(item, future) for item, future in self._waiting if not future.done()]
+            batch, self._waiting = wanted[:_MOST], wanted[_MOST:]
+            try:
+                found: Sequence[Any] = await asyncio.to_thread(self._do, [item for item, _ in batch])
+            except Exception as e:
+                found = [e] * len(batch)
+            for (_, future), value in zip(batch, found, strict=True):
                 if not future.done():
-                    future.set_exception(e if isinstance(e, Exception) else asyncio.CancelledError())
-            if not isinstance(e, Exception):
-                raise
-            return
-        for (_, future), value in zip(batch, found, strict=True):
-            if not future.done():
-                future.set_result(value)
+                    if isinstance(value, Exception):
+                        future.set_exception(value)
+                    else:
+                        future.set_result(value)

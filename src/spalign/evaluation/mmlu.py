@@ -12,6 +12,7 @@ from typing import Any
 
 from spalign.config import EngineConfig, MMLUConfig
 from spalign.errors import EngineError, PromptError
+from spalign.evaluation.mt_bench import spread
 from spalign.text import printable, shorten
 
 _LETTERS = "ABCD"
@@ -23,10 +24,8 @@ def mmlu(model: str, config: MMLUConfig, engine: EngineConfig) -> list[dict[str,
 
     Raises PromptError for a file that is none, EngineError where lm-eval fails.
     """
-    local = Path(config.source).suffix in (".jsonl", ".json")
-    questions = _questions(Path(config.source)) if local else []
-    if config.limit and local:
-        questions = questions[:: max(1, len(questions) // config.limit)][: config.limit]
+    local = config.file is not None
+    questions = load_mmlu(config)
     with _left_as_it_was(local), tempfile.TemporaryDirectory() as folder:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -60,11 +59,13 @@ def mmlu(model: str, config: MMLUConfig, engine: EngineConfig) -> list[dict[str,
     return sorted(rows, key=lambda r: (r["subject"], r["id"]))
 
 
-def _questions(path: Path) -> list[dict[str, Any]]:
-    """The file's questions, answers as numbers 0..3. Raises PromptError with the first mistake's line."""
+def load_mmlu(config: MMLUConfig) -> list[dict[str, Any]]:
+    """The file's questions, answers as numbers 0..3; none for a task of lm-eval. Raises PromptError with the first mistake's line."""
+    if (path := config.file) is None:
+        return []
     remedy = "each line: subject, question, choices (four texts), answer (A to D)"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise PromptError(f"{path}: cannot be read: {e}", hint="check the path; the file is JSONL in UTF-8") from e
     out = []
@@ -82,7 +83,7 @@ def _questions(path: Path) -> list[dict[str, Any]]:
         out.append({"subject": str(row.get("subject", "")), "question": row["question"], "choices": row["choices"], "answer": answer})
     if not out:
         raise PromptError(f"{path}: holds no question", hint=remedy)
-    return out
+    return spread(out, config.limit) if config.limit else out
 
 
 def _task(questions: list[dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spalign.config import MTBenchConfig
 from spalign.errors import PromptError
 from spalign.types import Message, Prompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +36,28 @@ def load_questions(config: MTBenchConfig) -> list[Question]:
         for _, row in _rows(Path(config.references), "question_id and choices[0].turns", lambda r: r["choices"][0]["turns"][1]):
             one, two = row["choices"][0]["turns"][:2]
             references[row["question_id"]] = (one, two)
-    out = []
-    for n, row in _rows(Path(config.source), "question_id and turns (two texts)", lambda r: r["turns"][1].strip()):
+    out, seen = [], set[Any]()
+    for n, row in _rows(Path(config.source), "question_id and turns (two texts)", lambda r: [turn.strip() for turn in r["turns"][:2]][1]):
         first, second = row["turns"][:2]
         name, given = row.get("question_id", n), row.get("reference")
+        if name in seen:
+            raise PromptError(f"{config.source}:{n}: question_id {name} stands there twice", hint="give each question an id of its own")
+        seen.add(name)
         own = (str(given[0]), str(given[1])) if isinstance(given, list) and len(given) > 1 else ("", "")
         prompt = Prompt(f"mt-{name}", (Message("user", first),), topic=str(row.get("category", "")))
         out.append(Question(prompt, second, references.get(name, own)))
-    return out[:: max(1, len(out) // config.limit)][: config.limit] if config.limit else out
+    return spread(out, config.limit) if config.limit else out
+
+
+def spread(items: Sequence[T], limit: int) -> list[T]:
+    """`limit` of them, evenly spread; all where there are no more."""
+    return [items[i * len(items) // limit] for i in range(limit)] if limit < len(items) else list(items)
 
 
 def _rows(path: Path, wanted: str, has: Callable[[Any], Any]) -> list[tuple[int, dict[str, Any]]]:
     """The file's rows with their lines."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at what JSON may hold
     except (OSError, UnicodeDecodeError) as e:
         raise PromptError(f"{path}: cannot be read: {e}", hint="check the path; the file is JSONL in UTF-8") from e
     out = []

@@ -11,8 +11,10 @@ SCORE, PAIRWISE, QUALITY = "score-1", "pairwise-1", "quality-1"
 """The versions in use; their names and texts go into every result."""
 Verdict = Literal["A", "B", "tie"]
 
-_SCORE = re.compile(r"\bscore\W{1,8}(\d{1,4})(?!\w|[.,]\d)(?:\s*(?:/|out of)\s*(\d{1,4}))?", re.IGNORECASE)
-_VERDICT = re.compile(r"\bverdict\W{1,8}(a|b|tie)\b", re.IGNORECASE)
+_SCORE = re.compile(r"\bscore\b(?:\s*\([^)\n]{0,20}\))?[*_]*\s*:", re.IGNORECASE)
+_VERDICT = re.compile(r"\bverdict\b[*_]*\s*:", re.IGNORECASE)
+_A_SCORE = re.compile(r"[\s*_]*(\d{1,2})(?:\s*(?:/|out of)\s*10)?[\s*_.]*", re.IGNORECASE)
+_A_VERDICT = re.compile(r"[\s*_]*(a|b|tie)[\s*_.]*", re.IGNORECASE)
 
 
 def text_of(name: str) -> str:
@@ -31,18 +33,20 @@ def question(name: str, *, prompt: str, answer: str, other: str = "", objective:
 
 
 def parse_score(reply: str) -> float | None:
-    """The integer 1..10 of the reply's last `Score:`; None, never a guess, where there is none or it is another number."""
-    found = list(_SCORE.finditer(reply))
-    if not found:
-        return None
-    value, outs = int(found[-1][1]), found[-1][2]
-    return float(value) if 1 <= value <= 10 and outs in (None, "10") else None
+    """The integer 1..10 after the reply's last `Score:`, to the end of its line; None, never a guess, where anything else stands there."""
+    found = _A_SCORE.fullmatch(_said(_SCORE, reply))
+    return float(found[1]) if found and 1 <= int(found[1]) <= 10 else None
 
 
 def parse_verdict(reply: str) -> Verdict | None:
-    """The reply's last `Verdict:`; None where there is none."""
-    found = _VERDICT.findall(reply)
-    return {"a": "A", "b": "B", "tie": "tie"}[found[-1].lower()] if found else None  # type: ignore[return-value]
+    """What stands after the reply's last `Verdict:`, to the end of its line; None where that is none."""
+    found = _A_VERDICT.fullmatch(_said(_VERDICT, reply))
+    return {"a": "A", "b": "B", "tie": "tie"}[found[1].lower()] if found else None  # type: ignore[return-value]
+
+
+def _said(word: re.Pattern[str], reply: str) -> str:
+    ends = [match.end() for match in word.finditer(reply)]
+    return reply[ends[-1] :].split("\n", 1)[0] if ends else ""
 
 
 def settled(first: Verdict | None, swapped: Verdict | None) -> float | None:

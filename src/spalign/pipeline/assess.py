@@ -6,17 +6,17 @@ import dataclasses
 import importlib.util
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from hashlib import sha256
 from typing import Any
 
 from spalign import prompts as prompt_sets
-from spalign.config import AssessConfig, RunConfig
+from spalign.config import AssessConfig, SampleConfig
 from spalign.constitution import Objective
-from spalign.engines.make import identify, load_engine
+from spalign.engines.make import give_memory_back, identify, load_engine
 from spalign.errors import ConfigError, PromptError
 from spalign.evaluation import assessed, bootstrap_mean, win_tie_lose
 from spalign.evaluation.inspect_tasks import Case, Read, judge_cases
-from spalign.evaluation.judges import Judge
+from spalign.evaluation.judges import AskedJudge, Judge
 from spalign.evaluation.mt_bench import load_questions
 from spalign.pipeline.assess_judge import asked_judge, check_asked, own_judge, score_read
 from spalign.pipeline.context import EngineFactory, Policy
@@ -52,18 +52,22 @@ class Judged:
     config: AssessConfig
     objectives: list[str]
     prompts: list[Prompt]
-    judge: dict[str, Any]
+    judge: dict[str, Any] | None
     groups: dict[str, list[PromptGroup]]
     verdicts: dict[str, dict[str, list[tuple[str, float | None]]]]
     mmlu: dict[str, list[int]]
     mt_bench: dict[str, list[tuple[float | None, float | None]]]
 
 
+def check(config: AssessConfig) -> None:
+    """Everything that can be seen without a model: packages, prompts and their overlap, questions, the judge. Raises SpalignError."""
+    _Assessment(config, Progress(quiet=True), None)
+    if config.judge and config.judge.own:
+        identify(config.judge.own, config.judge.engine or config.engine)
+
+
 def judged(config: AssessConfig, *, ui: Progress | None = None, make_engine: EngineFactory | None = None) -> Judged:
     """Everything that models are needed for; as `assess`."""
-    _need("inspect_ai", "eval")
-    if config.mmlu:
-        _need("lm_eval", "eval")
     work = _Assessment(config, ui or Progress(quiet=True), make_engine)
     work.folder.open()
     try:
@@ -146,6 +150,12 @@ class _Assessment:
 
     def __init__(self, config: AssessConfig, ui: Progress, make_engine: EngineFactory | None) -> None:
         self.config, self.ui = config, ui
+        _need("inspect_ai", "eval")
+        if config.mmlu:
+            _need("lm_eval", "eval")
+            from spalign.evaluation.mmlu import load_mmlu
+
+            load_mmlu(config.mmlu)
         self.folder = RunFolder(config.folder)
         self.constitution = config.constitution_loaded()
         self.objectives = self.constitution.objectives
@@ -154,8 +164,10 @@ class _Assessment:
         self.prompts = self._load_prompts()
         self.questions = load_questions(config.mt_bench) if config.mt_bench else []
         self.policies = {label: Policy(name, identify(name, config.engine), self._make) for label, name in config.models.items()}
-        if not config.judge.own:  # before any model answers
-            self.judge: Judge = asked_judge(config)
+        self.judge: Judge
+        self.asked = asked_judge(config.judge) if config.judge and not config.judge.own else None
+        if self.asked and any(self._answers(label, "answers", self.prompts).manifest() is None for label in self.policies):
+            self.asked.check()  # before any model answers
 
     def _load_prompts(self) -> list[Prompt]:
         config = self.config
@@ -167,7 +179,7 @@ class _Assessment:
         return found
 
     def do(self) -> Judged:
-        config = self.config
+        config, asked = self.config, self.asked
         answers: dict[str, Stage] = {}
         turns: dict[str, tuple[Stage, Stage]] = {}
         mmlu: dict[str, list[int]] = {}
@@ -179,10 +191,25 @@ class _Assessment:
             policy.free()
             if config.mmlu:
                 mmlu[label] = self._mmlu(label, policy)
-        if config.judge.own:
+        if not answers and not turns:
+            return Judged(config, [o.name for o in self.objectives], self.prompts, None, {}, {}, mmlu, {})
+        try:
+            return self._read(asked, answers, turns, mmlu)
+        finally:
+            if asked:
+                asked.close()
+
+    def _read(
+        self, asked: AskedJudge | None, answers: dict[str, Stage], turns: dict[str, tuple[Stage, Stage]], mmlu: dict[str, list[int]]
+    ) -> Judged:
+        """What the judge says of it all."""
+        config = self.config
+        assert config.judge is not None
+        if asked is None:
             self.judge, check = own_judge(config, self.constitution, self.folder, self.ui, self._given)
         else:
-            check = check_asked(self.judge, self.objectives, config.check, self._asked_once)
+            self.judge = asked
+            check = check_asked(asked, self.objectives, config.check, self._asked_once)
         baseline, *others = config.models
         return Judged(
             config,
@@ -197,25 +224,27 @@ class _Assessment:
 
     # answers
 
-    def _answered(self, label: str, policy: Policy, name: str, prompts: Sequence[Prompt]) -> Stage:
+    def _answers(self, label: str, name: str, prompts: Sequence[Prompt]) -> Stage:
+        """The stage of a model's answers."""
         config = self.config
-        settings = RunConfig(name=config.name).sample.model_copy(
-            update={
-                "n": config.answer.samples,
-                "temperature": config.answer.temperature,
-                "top_p": config.answer.top_p,
-                "max_new_tokens": config.answer.max_new_tokens,
-            }
-        )
         inputs = {
-            "policy": policy.digest,
+            "policy": self.policies[label].digest,
             "prompts": prompt_sets.sha256(prompts),
-            "sample": settings.model_dump(),
+            "sample": self._settings.model_dump(),
             "seed": config.seed,
             "engine": config.engine.matters(),
             "shard_size": config.shard_size,
         }
-        stage = self.folder.stage(f"{label}/{name}", inputs)
+        return self.folder.stage(f"{label}/{name}", inputs)
+
+    @property
+    def _settings(self) -> SampleConfig:
+        own = self.config.answer
+        changes = {"n": own.samples, "temperature": own.temperature, "top_p": own.top_p, "max_new_tokens": own.max_new_tokens}
+        return SampleConfig().model_copy(update=changes)
+
+    def _answered(self, label: str, policy: Policy, name: str, prompts: Sequence[Prompt]) -> Stage:
+        config, settings, stage = self.config, self._settings, self._answers(label, name, prompts)
         if stage.manifest() is not None:
             return stage
         room = policy.engine.window - settings.max_new_tokens
@@ -247,13 +276,13 @@ class _Assessment:
 
         config = self.config
         assert config.mmlu is not None
-        path = Path(config.mmlu.source)
+        path = config.mmlu.file
         stage = self.folder.stage(
             f"{label}/mmlu",
             {
                 "policy": policy.digest,
                 "mmlu": config.mmlu.model_dump(exclude={"batch_size"}),
-                "file": fingerprint_of(path) if path.is_file() else None,
+                "file": sha256(path.read_bytes()).hexdigest() if path else None,
                 "engine": config.engine.matters(),
             },
         )
@@ -263,6 +292,7 @@ class _Assessment:
             self.ui.line(f"{label}: MMLU by lm-eval")
             stage.write_part(0, mmlu(policy.name, config.mmlu, config.engine.here()))
             stage.finish(seconds=round(time.perf_counter() - began, 3))
+            give_memory_back()
         return [row["correct"] for row in stage.rows()]
 
     # judging
@@ -272,8 +302,10 @@ class _Assessment:
         if stage.manifest() is None:
             began = time.perf_counter()
             stage.begin()
-            self.ui.line(f"{name}: {len(cases)} answers judged by {self.config.judge.model}")
-            at_once = _AT_ONCE if self.config.judge.own else self.config.judge.connections
+            judge = self.config.judge
+            assert judge is not None
+            self.ui.line(f"{name}: {len(cases)} answers judged by {judge.model}")
+            at_once = _AT_ONCE if judge.own else judge.connections
             found = judge_cases(name, cases, reads, stage.folder / "logs", at_once=at_once)
             stage.write_part(0, [{"id": c.id, "readings": found[c.id]} for c in cases])
             unparsed = {key: sum(row[key]["value"] is None for row in found.values()) for key in reads}
@@ -281,13 +313,7 @@ class _Assessment:
         return {row["id"]: row["readings"] for row in stage.rows()}
 
     def _inputs(self, **more: Any) -> dict[str, Any]:
-        return {"judge": self._judge_identity, "objectives": [[o.name, o.principle] for o in self.objectives], **more}
-
-    @property
-    def _judge_identity(self) -> Any:
-        config = self.config.judge
-        own = identify(config.own, config.engine or self.config.engine) if config.own else config.max_tokens
-        return [config.model, own, self.judge.asks]
+        return {"judge": self.judge.identity, "objectives": [[o.name, o.principle] for o in self.objectives], **more}
 
     def _judged(self, label: str, answers: Stage) -> list[PromptGroup]:
         """The answers, scored."""
@@ -328,7 +354,8 @@ class _Assessment:
             for turn, stage in enumerate(stages)
             for q, g in zip(self.questions, groups_of(stage), strict=True)
         ]
-        stage = self.folder.stage(f"{label}/mt-bench-judged", self._inputs(answers=[s.digest for s in stages]))
+        inputs = self._inputs(answers=[s.digest for s in stages], references=[q.references for q in self.questions])
+        stage = self.folder.stage(f"{label}/mt-bench-judged", inputs)
         found = self._run_judge(stage, f"MT-Bench of {label}", cases, {"quality": quality})
         one, two = ([found[c.id]["quality"]["value"] for c in cases if c.facts["turn"] == turn] for turn in (1, 2))
         return list(zip(one, two, strict=True))
@@ -338,9 +365,3 @@ class _Assessment:
         return self._run_judge(
             self.folder.stage(f"judge/check-{what}", self._inputs(rows=rows)), f"check of the judge, {what}", cases, reads
         )
-
-
-def fingerprint_of(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()

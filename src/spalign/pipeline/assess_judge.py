@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from spalign.config import AssessConfig, RunConfig
+from spalign.config import AssessConfig, JudgeConfig, RunConfig
 from spalign.constitution import Constitution, Objective
 from spalign.engines.make import identify, load_engine
+from spalign.engines.models import fingerprint
 from spalign.evaluation.inspect_tasks import Case, InspectModel, Read
-from spalign.evaluation.judges import AskedJudge, Judge, OwnJudge, ToScore
+from spalign.evaluation.judges import AskedJudge, Judge, OwnJudge, ToScore, asks
+from spalign.evaluation.mt_bench import spread
 from spalign.pipeline.context import Context, EngineFactory, Policy
 from spalign.pipeline.judging import Judging, judging_step
 from spalign.report import Progress
@@ -24,10 +27,13 @@ Asked = Callable[[str, Sequence[Case], Mapping[str, Read]], dict[str, dict[str, 
 """(what for, cases, readings) -> case id -> reading -> {value, said}; kept on disk."""
 
 
-def asked_judge(config: AssessConfig) -> Judge:
-    """A model of Inspect's. Raises EngineError where it cannot be had."""
-    judge = config.judge
-    return AskedJudge(judge.model, InspectModel(judge.model, judge.base_url, max_tokens=judge.max_tokens, connections=judge.connections))
+def asked_judge(config: JudgeConfig) -> AskedJudge:
+    """A model of Inspect's; nothing is loaded or asked yet."""
+    _, _, path = config.model.partition("/")
+    local = config.args.get("model_path") or path
+    weights = fingerprint(str(local)) if Path(str(local)).is_dir() else None  # by its name alone it would stay the same when it is trained
+    identity = [config.model, config.base_url, config.max_tokens, sorted(config.args.items()), weights, asks()]
+    return AskedJudge(config.model, InspectModel(config), identity)
 
 
 def own_judge(
@@ -37,8 +43,8 @@ def own_judge(
 
     The check is a stage of `folder`, and kept for other evaluations and runs. make: an engine of the caller's own.
     """
+    assert config.judge is not None and config.judge.own is not None
     name = config.judge.own
-    assert name is not None
     engine = config.judge.engine or config.engine
     evaluation = {"allow_weak_judge": True, "judge_file": config.judge.judge_file, "use_constitution_thresholds": False}
     parts = {"engine": engine.model_dump(), "self_evaluation": evaluation}
@@ -51,9 +57,10 @@ def own_judge(
         if step.stage.manifest() is None:
             step.do()
     judgements = judging.judgements()
-    asks = {o: f"{how.scorer}, AUC {how.auc}" for o, how in judgements.items()}
+    read = {o: f"{how.scorer}, AUC {how.auc}" for o, how in judgements.items()}
     scores = _scores(policy, constitution.objectives, judgements)
-    return OwnJudge(config.judge.model, asks, constitution.objectives[-1], scores), _own_check(judging)
+    identity = [judging.inputs, engine.matters()]
+    return OwnJudge(config.judge.model, read, identity, constitution.objectives[-1], scores), _own_check(judging)
 
 
 def _scores(
@@ -91,7 +98,7 @@ def check_asked(judge: Judge, objectives: Sequence[Objective], count: int, ask: 
         some = []
         for label in (0, 1):
             mine = [c for c in labelled if c.objective == objective.name and c.label == label]
-            some += mine[:: max(1, 2 * len(mine) // count)][: max(1, count // 2)]
+            some += spread(mine, max(1, count // 2))
         cases = [Case(f"{objective.name}-{i}", c.case.prompt, c.case.response.text, facts={"label": c.label}) for i, c in enumerate(some)]
         found = ask(objective.name, cases, {objective.name: score_read(judge, objective)})
         read = [(found[k.id][objective.name]["value"], c) for k, c in zip(cases, some, strict=True)]
@@ -99,7 +106,7 @@ def check_asked(judge: Judge, objectives: Sequence[Objective], count: int, ask: 
         values, labels, prompts = [v for v, _ in known], [c.label for _, c in known], [c.case.prompt.id for _, c in known]
         area = auc(values, labels) if known else math.nan
         told = {"auc": None, "auc_ci": None} if math.isnan(area) else {"auc": area, "auc_ci": list(auc_interval(values, labels, prompts))}
-        facts = {"objective": objective.name, "scorer": "asked, 1-10", "on": f"{len(some)} shipped answers"}
+        facts = {"objective": objective.name, "scorer": "asked, 1-10", "on": f"{len(some)} shipped"}
         out.append({**facts, **told, "unparsed": len(some) - len(known)})
     return out
 

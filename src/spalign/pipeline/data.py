@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from spalign import prompts as prompt_sets
@@ -82,17 +83,19 @@ def refine_step(run: Context, base: str, policy: Policy, judging: Judging, confi
         "sample": config.sample.model_dump(),
         "constitution": {"good_system": run.constitution.good_system, "instruction": run.constitution.refine_instruction},
         "seed": config.seed,
+        **({} if config.denoise.enabled else {"denoise": False}),  # then nearly every prompt gets one
     }
     stage = run.folder.stage(f"{base}/3-refine", inputs)
 
     def do() -> dict[str, Any]:
         judgements, objectives = judging.judgements(), judging.resolved()
+        lost = partial(hopeless, objectives=objectives, denoised=config.denoise.enabled)
         kinds = 2 if config.refine.placebo else 1
-        total = sum(not hopeless(g, objectives) for g in _left(stage, scored)) * config.refine.drafts * kinds * 2
+        total = sum(not lost(g) for g in _left(stage, scored)) * config.refine.drafts * kinds * 2
         with run.metered(policy, f"{base} refine", total, "drafts, written and scored", stage) as engine:
 
             def work(shard: Sequence[PromptGroup]) -> list[Row]:
-                worth = [g for g in shard if not hopeless(g, objectives)]
+                worth = [g for g in shard if not lost(g)]
                 drafts = draft(engine, worth, run.constitution, config.refine, config.sample, seed=config.seed)
                 cases = [case for g, d in zip(worth, drafts, strict=True) for case in cases_of(g, (*d.refined, *d.placebo))]
                 scored_by_id = {r.id: r for r in score_responses(judging.judge.scoring(stage), cases, objectives, judgements)}

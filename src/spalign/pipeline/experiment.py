@@ -13,11 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from spalign.config import DATA_ARM, AssessConfig, ExperimentConfig, RunConfig
-from spalign.errors import ConfigError, NothingToTrainOn
-from spalign.pipeline.assess import Judged, figures, judged
+from spalign.config import DATA_ARM, AssessConfig, ExperimentConfig, PromptsConfig, PromptSource, RunConfig
+from spalign.errors import ConfigError, NothingToTrainOn, SpalignError
+from spalign.pipeline.assess import Judged, check, figures, judged
 from spalign.pipeline.context import EngineFactory
-from spalign.pipeline.run import run
+from spalign.pipeline.run import agree, run
+from spalign.prompts import load_prompts
 from spalign.report import Progress
 from spalign.report.experiment import experiment_table
 from spalign.store import read_json, write_atomic, write_json
@@ -35,11 +36,23 @@ def experiment(
     """
     ui = ui or Progress(quiet=True)
     folder = Path(config.runs_dir)
+    if config.measure == "judge":
+        for policy, data in product(config.policies, config.data):
+            _checked(config, policy, data)
     cells = (_agreement if config.measure == "rv" else _judged)(config, ui, make_engine)
     found = {"name": name, "title": config.title, "config": config.model_dump(mode="json"), **cells}
     write_json(folder / f"{name}.json", found)
     write_atomic(folder / f"{name}.md", experiment_table(found).encode())
     return found
+
+
+def _checked(config: ExperimentConfig, policy: str, data: str) -> None:
+    """Before anything is trained: the runs and evaluations of a cell are what they should be, and its judge answers."""
+    seed = config.seeds[0]
+    for arm in trained_arms(config):
+        config.run_of(policy, data, seed, arm, cell_folder(config, policy, data, seed)).constitution_for_run()
+    for assessment in _assessments(config, policy, data, seed, dict.fromkeys(config.arms, config.policies[policy].model)):
+        check(assessment)
 
 
 def _judged(config: ExperimentConfig, ui: Progress, make: EngineFactory | None) -> dict[str, Any]:
@@ -54,12 +67,29 @@ def _judged(config: ExperimentConfig, ui: Progress, make: EngineFactory | None) 
                 ui.line(f"{policy}, {data}, seed {seed}: {assessment.name}", style="bold")
                 by_set.setdefault(assessment.name, []).append(judged(assessment, ui=ui, make_engine=make))
         for where, seeds in by_set.items():
-            common = [label for label in seeds[0].config.models if all(label in s.config.models for s in seeds)]
-            results.setdefault(policy, {}).setdefault(data, {})[where] = {
-                **figures([_only(s, common) for s in seeds]),
-                "by_seed": [_means(figures([_only(s, common)])) for s in seeds],
-            }
+            results.setdefault(policy, {}).setdefault(data, {})[where] = _over_seeds(seeds, config.arms)
     return {"results": results, "failed": failed}
+
+
+def _over_seeds(seeds: Sequence[Judged], arms: Sequence[str]) -> dict[str, Any]:
+    """Every arm over the seeds in which it has a model, held against the first arm's in the same seeds."""
+    first = arms[0]
+    seeds = [s for s in seeds if first in s.config.models]
+    if not seeds:
+        raise NothingToTrainOn(
+            f"'{first}', which the others are compared with, has no model in any seed",
+            hint="put an arm first that has one, for example vanilla; what is finished is kept",
+        )
+    out = figures([_only(s, [first]) for s in seeds])
+    out["seeds_of"] = {first: len(seeds)}
+    for arm in arms[1:]:
+        if mine := [_only(s, [first, arm]) for s in seeds if arm in s.config.models]:
+            found = figures(mine)
+            for part in ("models", "scores", "unscored", "pairwise", "utility"):
+                if arm in found[part]:
+                    out[part][arm] = found[part][arm]
+            out["seeds_of"][arm] = len(mine)
+    return {**out, "by_seed": [_means(figures([s])) for s in seeds]}
 
 
 def _only(found: Judged, labels: Sequence[str]) -> Judged:
@@ -157,9 +187,11 @@ def _assessments(config: ExperimentConfig, policy: str, data: str, seed: int, mo
         "seed": seed,
         "runs_dir": str(cell_folder(config, policy, data, seed)),
     }
+    runs = [config.run_of(policy, data, seed, arm, cell_folder(config, policy, data, seed)) for arm in trained_arms(config)]
+    trained = tuple({repr(r.prompts.train): r.prompts.train for r in runs}.values())
     sets = [
         AssessConfig.model_validate(
-            {**common, "name": f"on-{where}", "prompts": source, "trained_on": (base.prompts.train,), "pairwise": config.pairwise}
+            {**common, "name": f"on-{where}", "prompts": source, "trained_on": trained, "pairwise": config.pairwise}
         )
         for where, source in config.data[data].evaluate.items()
     ]
@@ -170,53 +202,55 @@ def _assessments(config: ExperimentConfig, policy: str, data: str, seed: int, mo
 
 
 def _agreement(config: ExperimentConfig, ui: Progress, make: EngineFactory | None) -> dict[str, Any]:
-    """The RV coefficient of self-scores and a reference judge's as unstable prompts are added, for each cell."""
+    """The RV coefficient of self-scores and a reference judge's as unstable prompts are added, for each cell; nothing is trained."""
     found: dict[str, Any] = {}
     for policy, data, seed in product(config.policies, config.data, config.seeds):
         own = config.run_of(policy, data, seed, DATA_ARM, cell_folder(config, policy, data, seed))
         if own.self_evaluation.reference_judge is None:
             raise ConfigError("an rv experiment compares with a second judge", hint="set run.self_evaluation.reference_judge")
-        done = run(own, mode="resume" if own.folder.exists() else "auto", ui=ui, make_engine=make)
-        assert done.summary is not None
-        found[f"{policy}, {data}, seed {seed}"] = done.summary["agreement"]
+        told = agree(own, mode="resume" if own.folder.exists() else "auto", ui=ui, make_engine=make)
+        found[f"{policy}, {data}, seed {seed}"] = told
     return {"agreement": found}
 
 
 def cost(config: ExperimentConfig) -> dict[str, Any]:
-    """What the experiment will take at most: before anything runs, and without a model."""
-    from spalign import prompts as prompt_sets
-
-    total = dict.fromkeys(("trainings", "generated_tokens", "self_scores", "answers", "judge_questions"), 0)
+    """What the experiment will take at most: before anything runs, and without a model. Sources that cannot be read count as nothing."""
+    names = ("trainings", "generated_tokens", "self_scores", "answers", "mmlu_questions", "judge_questions")
+    total = dict.fromkeys(names, 0)
     for policy, data, seed in product(config.policies, config.data, config.seeds):
         folder = cell_folder(config, policy, data, seed)
-        for arm in trained_arms(config):
+        base = config.run_of(policy, data, seed, DATA_ARM, folder)
+        arms = trained_arms(config)
+        objectives = len(base.constitution_for_run().objectives)
+        for arm in dict.fromkeys([DATA_ARM, *arms]):
             own = config.run_of(policy, data, seed, arm, folder)
-            base = config.run_of(policy, data, seed, DATA_ARM, folder)
-            n = _count(own, prompt_sets)
-            total["trainings"] += own.iterations
+            total["trainings"] += own.iterations if arm in arms and config.measure == "judge" else 0
             per_prompt = own.sample.n + own.refine.drafts * (2 if own.refine.placebo else 1)
-            alike = arm != DATA_ARM and (own.sample, own.prompts, own.refine, own.iterations) == (
-                base.sample,
-                base.prompts,
-                base.refine,
-                base.iterations,
-            )
-            rounds = own.iterations if not alike else 0
-            total["generated_tokens"] += rounds * n * per_prompt * own.sample.max_new_tokens
-            total["self_scores"] += rounds * n * per_prompt * 2
-        for source in config.data[data].evaluate.values():
-            answers = len(config.arms) * (source.limit or _size(source, prompt_sets)) * config.answer.samples
+            alike = arm != DATA_ARM and all(getattr(own, p) == getattr(base, p) for p in ("sample", "prompts", "refine", "new_prompts"))
+            rounds = own.iterations - (1 if alike else 0)  # the first is made once for all that make it alike
+            each = _size(own.prompts.train) // (own.iterations if own.new_prompts else 1)
+            total["generated_tokens"] += rounds * each * per_prompt * own.sample.max_new_tokens
+            total["self_scores"] += rounds * each * per_prompt * objectives
+        for source in config.data[data].evaluate.values() if config.measure == "judge" else ():
+            answers = len(config.arms) * _size(source) * config.answer.samples
             total["answers"] += answers
             total["generated_tokens"] += answers * config.answer.max_new_tokens
-            total["judge_questions"] += answers * 2 + (4 * answers if config.pairwise else 0)
+            compared = 2 * objectives * (len(config.arms) - 1) * _size(source) if config.pairwise else 0
+            total["judge_questions"] += answers * objectives + compared + 40 * objectives
+        if config.mt_bench:
+            answers = 2 * len(config.arms) * min(80, config.mt_bench.limit or 80)
+            total["answers"] += answers
+            total["generated_tokens"] += answers * config.answer.max_new_tokens
+            total["judge_questions"] += answers + 40 * objectives
+        if config.mmlu:
+            total["mmlu_questions"] += len(config.arms) * (config.mmlu.limit or 14_042)
     return total
 
 
-def _count(own: RunConfig, prompt_sets: Any) -> int:
-    return own.prompts.train.limit or _size(own.prompts.train, prompt_sets)
-
-
-def _size(source: Any, prompt_sets: Any) -> int:
-    from spalign.config import PromptsConfig
-
-    return len(prompt_sets.load_prompts(source, PromptsConfig()))
+def _size(source: PromptSource) -> int:
+    if source.limit:
+        return source.limit
+    try:
+        return len(load_prompts(source, PromptsConfig()))
+    except SpalignError:
+        return 0

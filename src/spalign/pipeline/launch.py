@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import queue
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spalign import errors
+from spalign.engines.make import give_memory_back
 from spalign.errors import SpalignError, TrainingError
 from spalign.pipeline.job import TrainJob, Watch
 from spalign.pipeline.launch_file import launch_file
@@ -46,7 +46,7 @@ def launched(job: TrainJob, watch: Watch) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write_json(folder / "job.json", job.to_json())
-        _give_memory_back()
+        give_memory_back()
         mark = secrets.token_hex(8)
         with (job.folder / LOG).open("a", encoding="utf-8") as log, _process(path, folder / "job.json", mark) as process:
             tail = _follow(process, mark, watch, log)
@@ -145,10 +145,3 @@ def _error(found: dict[str, Any]) -> SpalignError:
     safe = (printable(without_keys(found[part], os.environ)) for part in ("message", "hint"))
     error: SpalignError = kind(next(safe), hint=next(safe))
     return error
-
-
-def _give_memory_back() -> None:
-    """What freed models have left to torch on the GPU: the first process trains on the same one."""
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()

@@ -22,7 +22,8 @@ from spalign.pipeline.gate import gate_step, lost, priority_lost, reopen, settle
 from spalign.pipeline.judging import Judging, scorers_of
 from spalign.pipeline.launch_file import check_launch
 from spalign.pipeline.publish import check_outlets, publish
-from spalign.pipeline.summary import summarise
+from spalign.pipeline.report import write_report
+from spalign.pipeline.summary import agreement_of, summarise
 from spalign.pipeline.train import train_step
 from spalign.report import Progress, print_summary
 from spalign.selfeval import check_askable
@@ -80,6 +81,7 @@ def run(
         settle(trained, next(s.stage for s in steps if s.name == "gate"))
         summary = summarise(context, steps, models, judging)
         write_json(folder.path / "summary.json", summary)
+        write_report(folder.path)
         publish(context, summary)
         if lost(summary["gate"]):
             if not context.ui.quiet:
@@ -88,6 +90,25 @@ def run(
         return Outcome(folder.path, summary, new)
     finally:
         folder.close()
+
+
+def agree(
+    config: RunConfig, *, mode: Mode = "auto", ui: Progress | None = None, make_engine: EngineFactory | None = None
+) -> dict[str, Any]:
+    """The first iteration's self-scores against those of `self_evaluation.reference_judge`, which must be named: only what that takes."""
+    context = _prepare(config, ui or Progress(quiet=True), make_engine)
+    steps, models, judging = _plan(context)
+    _claim(context, mode)
+    try:
+        _greet(context, models[0], steps)
+        _write_config(context)
+        first = [s for s in steps if s.stage.folder.is_relative_to(context.folder.path / "iteration-1")]
+        _do([s for s in first if s.name in ("judge", "sample", "evaluate") and "/compare-" not in str(s.stage.folder)], context)
+        found = agreement_of(context, steps, judging)
+        assert found is not None
+        return found
+    finally:
+        context.folder.close()
 
 
 def _plan(run: Context) -> tuple[list[Step], list[Policy], Judging]:
@@ -205,6 +226,8 @@ def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None)
             f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n",
             style="yellow",
         )
+    if config.data_from and not (Path(config.data_from) / "config.yaml").is_file():
+        raise ConfigError(f"data_from: {config.data_from} is no run", hint="name the folder of a run, or leave it out")
     if weights_of(config.model, config.engine) is None:
         raise EngineError(
             f"the policy '{config.model}' is only served, and a run trains its policy: that needs its weights here",

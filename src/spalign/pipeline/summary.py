@@ -71,7 +71,7 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy], j
             for recipe in run.config.compare
         },
         "judge": _judge(run, judging, policies[0]),
-        "agreement": _agreement(run, steps, judging),
+        "agreement": agreement_of(run, steps, judging),
         "scoring_share": _share(done),
         "evaluation": {o: measures[o]["all"] for o in names if "all" in measures[o]},
         "measures": measures,
@@ -117,7 +117,7 @@ def _judge(run: Context, judging: Judging, policy: Policy) -> dict[str, Any]:
     }
 
 
-def _agreement(run: Context, steps: Sequence[Step], judging: Judging) -> dict[str, Any] | None:
+def agreement_of(run: Context, steps: Sequence[Step], judging: Judging) -> dict[str, Any] | None:
     """The run's judge against the reference judge on the first iteration's candidates; None where no reference is named."""
     own = run.config.self_evaluation
     if own.reference_judge is None:

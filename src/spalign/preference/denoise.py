@@ -68,14 +68,16 @@ def check(group: PromptGroup, objectives: Sequence[Objective], config: DenoiseCo
     return _bounded(Verdict(group, reason, det, detail, consistent), tau)
 
 
-def hopeless(group: PromptGroup, objectives: Sequence[Objective]) -> Problem | None:
+def hopeless(group: PromptGroup, objectives: Sequence[Objective], *, denoised: bool = True) -> Problem | None:
     """Why no refined response, however good, could keep this group, whatever tau and the rule; None if one could.
 
-    Refinement is spared such a group: too few usable candidates, or det(Sigma) = 0.
+    Refinement is spared such a group: too few usable candidates, or det(Sigma) = 0. denoised: whether groups are denoised at all.
     """
     candidates = usable_candidates(group, objectives)
     if problem := _too_few(group) or _too_few_scored(group, candidates):
         return problem
+    if not denoised:
+        return None
     det = covariance_det([[score_of(c, o) for o in objectives] for c in candidates], ddof=0, scale=SCORE_MAX)
     return _uninformative(candidates, objectives) if det == 0 else None
 

@@ -79,14 +79,15 @@ def pair_places(
     for (up, chosen), (down, rejected) in combinations(by_level, 2):
         if up == down:
             continue
-        differences = list(map(sub, up, down))
+        if config.weights is None:
+            differences = list(map(sub, up, down))
+            decided_by = 0 if differences[0] else next(k for k, d in enumerate(differences) if d)
+        else:
+            differences = leads(responses[chosen], responses[rejected], objectives, config.weights)
+            decided_by = differences.index(max(differences))
         margin = math.fsum(map(abs, differences))
         if margin >= least and (config.chosen == "any" or chosen == refined):
             gap = abs(math.fsum(differences))
-            if config.weights is not None:
-                decided_by = _heaviest(responses[chosen], responses[rejected], objectives, config.weights)
-            else:
-                decided_by = 0 if differences[0] else next(k for k, d in enumerate(differences) if d)
             places.append(Place(chosen, rejected, margin, gap if gap > SLACK else 0.0, decided_by))
     return sorted(places, key=lambda p: (-p.margin, responses[p.chosen].id, responses[p.rejected].id))
 
@@ -96,10 +97,13 @@ def weighted(response: Response, objectives: Sequence[Objective], weights: Seque
     return (math.fsum(w * score_of(response, o) for w, o in zip(weights, objectives, strict=True)) / math.fsum(weights),)
 
 
-def _heaviest(chosen: Response, rejected: Response, objectives: Sequence[Objective], weights: Sequence[float]) -> int:
-    """The objective that adds most to the winner's lead."""
-    leads = [w * (score_of(chosen, o) - score_of(rejected, o)) for w, o in zip(weights, objectives, strict=True)]
-    return leads.index(max(leads))
+def leads(chosen: Response, rejected: Response, objectives: Sequence[Objective], weights: Sequence[float]) -> list[float]:
+    """By how much the winner is ahead on each objective, in score points, the weights scaled to a mean of 1 over those that have one.
+
+    So equal weights give the margin and the gap that Eq. 2 and Eq. 3 have, and a single objective its own difference.
+    """
+    scale = sum(w > 0 for w in weights) / math.fsum(weights)
+    return [scale * w * (score_of(chosen, o) - score_of(rejected, o)) for w, o in zip(weights, objectives, strict=True)]
 
 
 def select_pairs(pairs_by_group: Sequence[Sequence[PreferencePair]], config: PairsConfig) -> Selection:

@@ -11,16 +11,16 @@ from spalign.text import one_line, printable
 def assess_table(found: Mapping[str, Any]) -> str:
     """The figures of `spalign judge` for people."""
     prompts, judge = found["prompts"], found["judge"]
-    low, high = judge["scale"]
     lines = [f"# {_cell(found['name'])}", ""]
     if found["scores"]:
+        low, high = judge["scale"]
         lines += [
             f"{prompts['count']} prompts of `{_cell(prompts['source'])}` (sha256 {prompts['sha256'][:12]}), judged by "
             f"`{_cell(judge['model'])}` on {low}-{high}. Means with 95% intervals over prompts; in brackets the paired difference to "
             f"`{found['baseline']}`.",
             "",
         ]
-    lines += judge_lines(judge["check"])
+    lines += judge_lines(judge["check"]) if judge else []
     for slice_ in _slices(found["scores"]):
         lines += ["", f"## {'All prompts' if slice_ == 'all' else f'Prompts: {_cell(slice_)}'}", "", *_slice_table(found, slice_)]
     if found["pairwise"]:
@@ -39,7 +39,7 @@ def judge_lines(check: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["**The judge was not checked on labelled answers.**"]
     return [
         f"Judge, {c['objective']} ({_cell(c['scorer'])}): AUC {c['auc']:.2f} "
-        f"[{c['auc_ci'][0]:.2f}, {c['auc_ci'][1]:.2f}] on {_cell(c['on'])}"
+        f"[{c['auc_ci'][0]:.2f}, {c['auc_ci'][1]:.2f}] on {_cell(c['on'])} answers"
         + (f", {c['unparsed']} unparsed" if c.get("unparsed") else "")
         + (f", **{c['verdict']}**" if c.get("verdict") and c["verdict"] != "trustworthy" else "")
         + ".  "

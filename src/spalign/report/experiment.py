@@ -28,7 +28,12 @@ def experiment_table(found: Mapping[str, Any]) -> str:
             for where, figures in by_set.items():
                 lines += _one(config, policy, data, where.removeprefix("on-"), figures)
     if found["failed"]:
-        lines += ["Arms without a model:", "", *(f"- {who}: {why}" for who, why in found["failed"].items()), ""]
+        lines += [
+            "Arms without a model; each is held against the first arm in the seeds that it has:",
+            "",
+            *(f"- {who}: {why}" for who, why in found["failed"].items()),
+            "",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -46,7 +51,9 @@ def _one(config: Mapping[str, Any], policy: str, data: str, where: str, figures:
     rows = [["arm", *head, *(f"paper: {h}" for h in head if known), *([] if utility else ["words", "refusals", "seeds"])]]
     rows.append(["---"] * len(rows[0]))
     for arm in figures["models"]:
-        cells = [arm, *(_cell(c, arm, figures, objectives) for c in columns)]
+        missing = len(config["seeds"]) - figures["seeds_of"][arm]
+        name = f"{arm} ({figures['seeds_of'][arm]} of {len(config['seeds'])} seeds)" if missing else arm
+        cells = [name, *(_cell(c, arm, figures, objectives) for c in columns)]
         if known:
             theirs = known.get(arm) or [None] * len(columns)
             cells += ["-" if v is None else f"{v:g}" for v in (*theirs, *[None] * len(columns))[: len(columns)]]
@@ -61,7 +68,7 @@ def _one(config: Mapping[str, Any], policy: str, data: str, where: str, figures:
     title = f"## {policy}, trained on {data}: {where}"
     prompts = figures["prompts"]
     about = [] if utility else [f"{prompts['count']} prompts (sha256 {prompts['sha256'][:12]}), judged by `{figures['judge']['model']}`.  "]
-    checked = judge_lines(figures["judge"]["check"]) if not utility or "mt_bench" in columns else []
+    checked = judge_lines(figures["judge"]["check"]) if figures["judge"] else []
     extra = [] if utility else _by_intent(figures, objectives)
     return [title, "", *about, *checked, "", *(f"| {' | '.join(r)} |" for r in rows), "", *extra]
 

@@ -180,3 +180,4 @@ def _gate(summary: dict[str, Any], console: Console) -> None:
             console.print(Text(f"proposed, checkpoint {gate['proposed']['step']}: {gate['proposed']['path']}", style="bold"))
     else:
         console.print(Text(f"model: {summary['model_path']}", style="bold"))
+    console.print(Text("all of it, with every prompt: report.html beside summary.json; or spalign show RUN", style="dim"))
