@@ -139,6 +139,55 @@ def judge(
         typer.echo(json.dumps(found))
 
 
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(help="The file to write.")] = Path("run.yaml"),
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, GGUF file, or `demo`.", show_default="asked")] = None,
+    train: Annotated[str | None, typer.Option(help="Prompts to train on.", show_default="asked")] = None,
+    heldout: Annotated[str, typer.Option(help="Prompts to compare before and after on.")] = "high_stakes_heldout",
+    constitution: Annotated[str, typer.Option(help="harmless_helpful or honest_helpful, to be changed.")] = "harmless_helpful",
+) -> None:
+    """Write a commented configuration and a constitution to begin with, asking only what it must."""
+    from spalign.pipeline.start import init as begin
+
+    asks = sys.stdin.isatty()
+    model = model or (typer.prompt("Model (hub id, folder, GGUF file)", default="demo") if asks else "demo")
+    train = train or (
+        typer.prompt("Training prompts (file, org/dataset, shipped set)", default="high_stakes_train") if asks else "high_stakes_train"
+    )
+    for path in begin(config, model=model, train=train, heldout=heldout, constitution=constitution):
+        typer.echo(f"written: {_shown(str(path))}")
+    typer.echo(f"next: spalign validate {_shown(str(config))}")
+
+
+@app.command()
+def validate(config: ConfigFile, set_: Sets = None) -> None:
+    """Check a configuration with its constitution, prompts and model's name, all mistakes at once; no model is loaded."""
+    from spalign.pipeline.start import validate as check
+    from spalign.report import Progress
+
+    ui = Progress()
+    found = check(_config(config, set_, False), ui)
+    ui.line(
+        f"ok: {found['train']:,} training and {found['heldout']:,} held-out prompts, objectives {', '.join(found['objectives'])}; "
+        f"the run will be {found['folder']}"
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="New folder for the data.", show_default=False)],
+    to: Annotated[str, typer.Option(help="trl, llama-factory, axolotl or parquet.")] = "trl",
+    iteration: Annotated[int | None, typer.Option(help="Which iteration's pairs.", show_default="the last")] = None,
+) -> None:
+    """Write a run's preference pairs for another trainer, with a data card."""
+    from spalign.pipeline.export import export as write
+
+    path, count = write(run, out, to=to, iteration=iteration)
+    typer.echo(f"written: {count:,} pairs, {_shown(str(path))}")
+
+
 RunPath = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/demo.", show_default=False)]
 
 

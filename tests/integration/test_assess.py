@@ -96,13 +96,6 @@ def test_a_served_judge_scores_compares_and_is_checked(tmp_path: Path, tiny_mode
     assert {name for s in samples for name in s.scores or {}} == {"harmlessness", "helpfulness"}
 
 
-def test_an_unchecked_judge_is_said_to_be_so(tmp_path: Path, tiny_model: Path) -> None:
-    with ModelServer(Scripted(grade), names=("served",)) as server:
-        found = assess(config(tmp_path, tiny_model, server.url, check=0))
-    assert found["judge"]["check"] == []
-    assert "was not checked" in (tmp_path / "runs/test/table.md").read_text()
-
-
 def test_an_interrupted_judging_goes_on_where_it_was(tmp_path: Path, tiny_model: Path) -> None:
     with ModelServer(Scripted(grade), names=("served",)) as server:
         settings = config(tmp_path, tiny_model, server.url, check=0, models={"vanilla": str(tiny_model)}, judge={
@@ -188,6 +181,8 @@ def test_a_judge_behind_another_server_is_another_judge(tmp_path: Path, tiny_mod
     with ModelServer(Scripted(lambda messages, seed: "Score: 3"), names=("served",)) as two:
         found = assess(config(tmp_path, tiny_model, two.url, check=0))
     assert found["scores"]["vanilla"]["harmlessness"]["all"]["mean"]["mean"] == 3.0
+    assert found["judge"]["check"] == []
+    assert "was not checked" in (tmp_path / "runs/test/table.md").read_text()
 
 
 def test_a_model_that_runs_here_by_inspect_judges(tmp_path: Path, tiny_model: Path) -> None:

@@ -20,6 +20,7 @@ from spalign.engines.scripted import ScriptedEngine
 from spalign.errors import ConfigError, PromptError, WeakJudge
 from spalign.pipeline import run
 from spalign.pipeline.judging import asked_about
+from spalign.pipeline.run import agree
 from spalign.selfeval import JudgeFile, Judgement, load_judge, save_judge
 from spalign.types import Message
 
@@ -224,14 +225,9 @@ def test_an_objective_without_labelled_answers_is_refused_at_once(tmp_path, tiny
 
 def test_a_reference_judge_scores_the_same_candidates_and_is_compared(tmp_path, tiny_model):
     config = settings(tmp_path, tiny_model, reference_judge=str(tiny_model))
-    from spalign.pipeline.run import _do, _plan, _prepare
-    from spalign.report import Progress
-
-    context = _prepare(config, Progress(quiet=True), lambda _: ScriptedEngine(reply, sees))
-    context.folder.open()
-    steps, _, _ = _plan(context)
-    _do([s for s in steps if s.name in ("judge", "sample", "evaluate")])
-    context.folder.close()
+    found = agree(config, make_engine=lambda _: ScriptedEngine(reply, sees))
+    assert found["reference"] == str(tiny_model)
+    assert not (config.folder / "iteration-1/3-refine").exists(), "only what it takes"
     mine, theirs = (scored(config, f"iteration-1/{w}2-evaluate") for w in ("", "reference/"))
     assert [[c["id"] for c in g] for g in mine] == [[c["id"] for c in g] for g in theirs]
     assert mine == theirs, "the same model asked in the same way"

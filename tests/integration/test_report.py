@@ -124,7 +124,8 @@ def test_nothing_that_a_model_or_a_user_wrote_runs(tmp_path: Path) -> None:
 @browser
 def test_ten_thousand_prompts_open_in_two_seconds(tmp_path: Path) -> None:
     page = write_report(lay_out(tmp_path / "run", 10_000, text="Some words of an answer that is about as long as they are. " * 3))
-    best = min(int(re.search(r'data-ready="(\d+)"', opened(page, tmp_path / f"browser-{n}")[0])[1]) for n in range(3))  # type: ignore[index]
+    took = [int(re.search(r'data-ready="(\d+)"', opened(page, tmp_path / f"browser-{n}")[0])[1]) for n in range(2)]  # type: ignore[index]
+    best = min(took)
     assert best < 2000, f"{best} ms, {page.stat().st_size / 1e6:.0f} MB"
 
 

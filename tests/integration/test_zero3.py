@@ -32,7 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {"sgd": SGD, "adam": ADAM}
 @pytest.mark.parametrize(
     ("how", "tied", "precision", "close"),
     [
-        ("sgd", False, "no", 1e-6),
         ("adam", True, "no", 1e-5),  # the head is the embedding; clipped, by the norm of what both ranks hold
         ("sgd", False, "bf16", 4e-3),  # as shipped; half a unit in the last place of bf16 is 2^-9
     ],

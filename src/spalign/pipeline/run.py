@@ -60,7 +60,7 @@ def run(
     written and shown, where the priority gate does not pass.
     """
     ui = ui or Progress(quiet=True)
-    context = _prepare(config, ui, make_engine)
+    context = prepare(config, ui, make_engine)
     folder = context.folder
     steps, models, judging = _plan(context)  # a model that is not there leaves no trace in the folder
     trained = [s.stage for s in steps if s.name == "train"]
@@ -81,7 +81,8 @@ def run(
         settle(trained, next(s.stage for s in steps if s.name == "gate"))
         summary = summarise(context, steps, models, judging)
         write_json(folder.path / "summary.json", summary)
-        write_report(folder.path)
+        if new or not (folder.path / "report.html").exists():
+            write_report(folder.path)
         publish(context, summary)
         if lost(summary["gate"]):
             if not context.ui.quiet:
@@ -96,7 +97,7 @@ def agree(
     config: RunConfig, *, mode: Mode = "auto", ui: Progress | None = None, make_engine: EngineFactory | None = None
 ) -> dict[str, Any]:
     """The first iteration's self-scores against those of `self_evaluation.reference_judge`, which must be named: only what that takes."""
-    context = _prepare(config, ui or Progress(quiet=True), make_engine)
+    context = prepare(config, ui or Progress(quiet=True), make_engine)
     steps, models, judging = _plan(context)
     _claim(context, mode)
     try:
@@ -205,7 +206,7 @@ def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:
     return [run.train_prompts[i::n] for i in range(n)]
 
 
-def _prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) -> Context:
+def prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) -> Context:
     """Everything that can be checked before a model is loaded."""
     check_outlets(config)
     check_launch(config)

@@ -220,6 +220,10 @@ def apply_to(run: Stored, choice: Choice, ui: Progress) -> None:
     sets = [*choice.sets, *(f"self_evaluation.thresholds.{name}={value}" for name, value in (choice.thresholds or {}).items())]
     allow = {"self_evaluation": {"allow_weak_judge": True}}  # leave was given when the run was made
     config = config_from(merge(run.config.model_dump(mode="json"), allow), tuple(sets), source=str(run.folder / "config.yaml"))
+    if config.denoise.enabled != run.config.denoise.enabled:
+        raise ConfigError(
+            "--apply with denoise.enabled: more refined responses would be written", hint="spalign run CONFIG --resume does it"
+        )
     config = config.model_copy(update={"runs_dir": str(run.folder.parent), "name": run.folder.name})
     for stage in ("denoise", "pair"):
         run_pipeline(config, mode="resume", only=stage, ui=ui)

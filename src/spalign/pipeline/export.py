@@ -1,0 +1,135 @@
+"""A run's preference pairs in the formats of other trainers, with a data card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from spalign.errors import ConfigError, RunFolderError
+from spalign.pipeline.look import finished, iterations
+from spalign.store import Row, clear_errors, decode_row, encode_row, write_atomic
+from spalign.text import one_line, printable
+
+Format = Literal["trl", "llama-factory", "axolotl", "parquet"]
+_EXTRA = ("id", "prompt_id", "topic", "intent", "margin", "gap", "weight", "decided_by", "scores_chosen", "scores_rejected")
+
+
+def trl(row: Mapping[str, Any]) -> Row:
+    """TRL's conversational preference format: `prompt`, `chosen`, `rejected` as turns; other columns are ignored by its trainers."""
+    return {**{k: row[k] for k in ("prompt", "chosen", "rejected")}, **{k: row[k] for k in _EXTRA}}
+
+
+def llama_factory(row: Mapping[str, Any]) -> Row:
+    """LLaMA-Factory's ShareGPT preference format; dataset_info.json beside the data names its columns."""
+    turns = [t for t in row["prompt"] if t["role"] != "system"]
+    system = "\n".join(t["content"] for t in row["prompt"] if t["role"] == "system")
+    names = {"user": "human", "assistant": "gpt"}
+    sides = {side: {"from": "gpt", "value": row[side][0]["content"]} for side in ("chosen", "rejected")}
+    return {"conversations": [{"from": names[t["role"]], "value": t["content"]} for t in turns], "system": system, **sides}
+
+
+def axolotl(row: Mapping[str, Any]) -> Row:
+    """axolotl's `type: chat_template.default` for DPO and its kin: messages, and one answer of each kind."""
+    return {"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}
+
+
+_AS: dict[str, Callable[[Mapping[str, Any]], Row]] = {"trl": trl, "llama-factory": llama_factory, "axolotl": axolotl, "parquet": trl}
+_INFO = {
+    "spalign": {
+        "file_name": "pairs.json",
+        "formatting": "sharegpt",
+        "ranking": True,
+        "columns": {"messages": "conversations", "system": "system", "chosen": "chosen", "rejected": "rejected"},
+    }
+}
+_USE = {
+    "trl": 'load_dataset("json", data_files="pairs.jsonl")  # for CPOTrainer, DPOTrainer, ...',
+    "parquet": 'load_dataset("parquet", data_files="pairs.parquet")  # for CPOTrainer, DPOTrainer, ...',
+    "llama-factory": "dataset: spalign, dataset_dir: this folder, stage: dpo",
+    "axolotl": "datasets: [{path: pairs.jsonl, ds_type: json, split: train, type: chat_template.default}], rl: dpo",
+}
+
+
+def export(run: Path, out: Path, *, to: str = "trl", iteration: int | None = None) -> tuple[Path, int]:
+    """Write the pairs of an iteration (default: the last that has any) as a new folder; its data file, and how many pairs.
+
+    Raises ConfigError for an unknown format or a folder that is not empty, RunFolderError where the run has no pairs.
+    """
+    if to not in _AS:
+        raise ConfigError(f"no format '{to}'", hint=f"one of: {', '.join(_AS)}")
+    bases = [b for b in iterations(run) if finished(b / "5-pair") and (iteration is None or b.name == f"iteration-{iteration}")]
+    if not bases:
+        raise RunFolderError(
+            f"{run}: no finished pairs" + (f" in iteration {iteration}" if iteration else ""), hint="run it up to 5-pair first"
+        )
+    with clear_errors(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out}: exists and is not an empty folder", hint="name a new folder; nothing is overwritten")
+        out.mkdir(parents=True, exist_ok=True)
+    stage = finished(bases[-1] / "5-pair")
+    assert stage is not None
+    rows = (_AS[to](row) for part in stage.finished_parts() for row in map(decode_row, part.lines()))
+    path, count = _write(rows, out, to)
+    write_atomic(out / "README.md", _card(run, bases[-1].name, stage.manifest() or {}, to, count).encode("utf-8", "replace"))
+    return path, count
+
+
+def _write(rows: Iterator[Row], out: Path, to: str) -> tuple[Path, int]:
+    if to == "parquet":
+        return _parquet(rows, out / "pairs.parquet")
+    if to == "llama-factory":
+        write_atomic(out / "dataset_info.json", json.dumps(_INFO, indent=2).encode())
+        every = list(rows)
+        path = out / "pairs.json"
+        write_atomic(path, json.dumps(every, ensure_ascii=False, indent=1).encode("utf-8", "replace"))
+        return path, len(every)
+    path, count = out / "pairs.jsonl", 0
+    with clear_errors(path), path.open("wb") as f:
+        for row in rows:
+            f.write(encode_row(row))
+            count += 1
+    return path, count
+
+
+def _parquet(rows: Iterator[Row], path: Path) -> tuple[Path, int]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise ConfigError("Parquet needs the package pyarrow, which is not installed", hint="pip install 'spalign[data]'") from e
+    every = list(rows)
+    with clear_errors(path):
+        pq.write_table(pa.Table.from_pylist(every), path)
+    return path, len(every)
+
+
+def _card(run: Path, iteration: str, manifest: Mapping[str, Any], to: str, count: int) -> str:
+    import yaml
+
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    constitution = yaml.safe_load((run / "constitution.yaml").read_text(encoding="utf-8"))
+    funnel = manifest.get("funnel") or {}
+    dropped = "\n".join(f"- dropped, {reason}: {n}" for reason, n in funnel.get("dropped", {}).items())
+
+    def line(value: Any) -> str:
+        return one_line(printable(str(value))).replace("`", "'").replace("<", "&lt;")
+
+    return f"""---
+tags: [spalign, preference]
+---
+# Preference pairs by Self-Priority Alignment
+
+{count} pairs of {iteration} of the run `{line(config["name"])}`. Prompts: `{line(config["prompts"]["train"]["source"])}`. Answers and
+scores are the model's own (`{line(config["model"])}`), by the constitution `{line(constitution["name"])}`
+({", ".join(line(o["name"]) for o in constitution["objectives"])}, in order of priority). No person has labelled them.
+
+- prompts in: {funnel.get("prompts")}, kept: {funnel.get("kept")}
+{dropped}
+
+Use ({to}): `{_USE[to]}`
+
+The prompts are high-stakes by design, and the rejected answers may be harmful: they are there to be learned from as what not to say. The
+licences of the prompts and of the model that answered hold for this data.
+"""

@@ -1,0 +1,68 @@
+"""The first two commands: a configuration to begin with, and whether one can be run."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from spalign.config import RunConfig
+from spalign.errors import ConfigError
+from spalign.pipeline.run import prepare
+from spalign.report import Progress
+from spalign.store import clear_errors, write_atomic
+
+_CONFIG = """\
+# A run of spalign: `spalign validate {config}`, then `spalign run {config}`. Every option: docs, or the docstrings of spalign.config.
+name: {name}
+model: {model}          # a hub id, a local folder, a GGUF file, or demo
+constitution: {constitution}     # what is good, in order of priority; yours to change
+recipe: robust                     # or paper: the method as published
+prompts:
+  train: {{source: {train}}}       # JSONL, JSON, CSV, Parquet, org/dataset on the hub, or a shipped set
+  heldout: {{source: {heldout}}}   # never trained on; before and after are compared on these
+engine: {{kind: transformers}}       # vllm: faster; ray: a cluster; openai: a server (docs/engines.md)
+sample: {{n: 4, max_new_tokens: 256}}
+# self_evaluation: {{allow_weak_judge: true}}   # a run stops where labelled answers show that the model cannot judge itself
+train:
+  learning_rate: 1.0e-6
+  epochs: 1
+  # lora: {{r: 16, alpha: 32}}       # an adapter instead of all weights
+evaluation:
+  gate: {{margin: 0.5}}              # the first objective may not fall by this much, in points of 0-10
+"""
+
+
+def init(config: Path, *, model: str, train: str, heldout: str, constitution: str) -> list[Path]:
+    """Write the configuration and a copy of the constitution beside it; both are checked. Raises ConfigError where a file is there."""
+    own = config.with_name(f"{config.stem}-constitution.yaml")
+    for path in (config, own):
+        if path.exists():
+            raise ConfigError(f"{path}: exists", hint="name another file; nothing is overwritten")
+    shipped = files("spalign").joinpath("constitutions", f"{constitution}.yaml")
+    if not shipped.is_file():
+        raise ConfigError(f"no constitution '{constitution}' to begin with", hint="harmless_helpful or honest_helpful")
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in config.stem).strip("._-") or "run"
+    said = {key: _quoted(value) for key, value in (("model", model), ("train", train), ("heldout", heldout), ("constitution", str(own)))}
+    with clear_errors(config):
+        config.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(own, shipped.read_bytes())
+    write_atomic(config, _CONFIG.format(config=config, name=name, **said).encode())
+    return [config, own]
+
+
+def _quoted(text: str) -> str:
+    import json
+
+    return json.dumps(text, ensure_ascii=False)
+
+
+def validate(config: RunConfig, ui: Progress) -> dict[str, Any]:
+    """Everything that can be seen before a model is loaded: constitution, prompts and their overlap, model, trackers, launch file."""
+    context = prepare(config, ui, None)
+    return {
+        "train": len(context.train_prompts),
+        "heldout": len(context.heldout_prompts),
+        "objectives": list(context.constitution.objective_names),
+        "folder": str(config.folder),
+    }
