@@ -7,6 +7,7 @@ import importlib.util
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from spalign import prompts as prompt_sets
@@ -23,6 +24,7 @@ from spalign.pipeline.context import EngineFactory, Policy
 from spalign.pipeline.evaluate import groups_of
 from spalign.report import Progress, assess_table
 from spalign.rollout import sample
+from spalign.selfeval import load_judge, load_labelled
 from spalign.store import Row, RunFolder, Stage, run_in_parts, write_atomic, write_json
 from spalign.types import Prompt, PromptGroup, Response, group_to_json
 
@@ -164,6 +166,10 @@ class _Assessment:
         self.prompts = self._load_prompts()
         self.questions = load_questions(config.mt_bench) if config.mt_bench else []
         self.policies = {label: Policy(name, identify(name, config.engine), self._make) for label, name in config.models.items()}
+        if config.judge and config.judge.judge_file:
+            load_judge(Path(config.judge.judge_file))
+        elif config.judge and config.judge.own:
+            load_labelled(None, [o.name for o in self.objectives])  # for its check: there are some of every objective
         self.judge: Judge
         self.asked = asked_judge(config.judge) if config.judge and not config.judge.own else None
         if self.asked and any(self._answers(label, "answers", self.prompts).manifest() is None for label in self.policies):

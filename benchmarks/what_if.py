@@ -1,0 +1,65 @@
+"""Seconds in which `spalign what-if` answers for a run of 100,000 prompts with six responses each, beside the run's own two stages.
+
+python benchmarks/what_if.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import preference_data
+import yaml
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="what-if-") as name:
+        folder = Path(name)
+        preference_data.write(folder, options.prompts)
+        run = preference_data.measure(folder)
+        lay_out(folder)
+        command = [sys.executable, "-m", "spalign.cli", "what-if", str(folder), "--json"]
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            times.append(round(time.perf_counter() - began, 2))
+        found = json.loads(done.stdout)["the run"]
+        assert (found["kept"], found["pairs"]) == (run["kept"], run["pairs"]), "what-if and the run do not agree"
+    summary = {
+        "prompts": options.prompts,
+        "seconds": min(times),
+        "all": times,
+        "seconds_of_the_run": run["seconds"],
+        "pairs": found["pairs"],
+    }
+    print(json.dumps(summary) if options.json else summary)
+
+
+def lay_out(folder: Path) -> None:
+    """What a run's folder has beside its stages, as far as what-if looks."""
+    from spalign.config import config_from
+    from spalign.constitution import load_constitution
+    from spalign.store import Stage, read_json
+
+    config = config_from({"name": "bench", "model": "none", "runs_dir": str(folder)})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.on_record()))
+    (folder / "constitution.yaml").write_text(yaml.safe_dump(load_constitution("harmless_helpful").model_dump(mode="json")))
+    denoised = folder / "bench/iteration-1/4-denoise"
+    if not denoised.exists():
+        denoised = folder / "iteration-1/4-denoise"
+    stage = Stage(denoised, (read_json(denoised / "manifest.json") or {})["inputs"])
+    assert stage.manifest() is not None
+
+
+if __name__ == "__main__":
+    main()
