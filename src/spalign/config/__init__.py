@@ -5,13 +5,13 @@ each of which can be set by itself, so an ablation is one `--set`.
 """
 
 from spalign.config.assess import AssessConfig, JudgeConfig, MMLUConfig, MTBenchConfig
+from spalign.config.engine import EngineConfig
 from spalign.config.experiment import DATA_ARM, Arm, ExperimentConfig, experiment_names, load_experiment
 from spalign.config.load import config_from, engine_at, load_assess, load_config, parse_set
 from spalign.config.parts import (
     HUB_ID,
     OUTLETS,
     DenoiseConfig,
-    EngineConfig,
     EvaluationConfig,
     GateConfig,
     GuardConfig,

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from spalign.config.parts import EngineConfig, Part, PositiveInt, PromptsConfig, PromptSource, checked_address
+from spalign.config.base import Part, PositiveInt
+from spalign.config.engine import EngineConfig, checked_address
+from spalign.config.parts import PromptsConfig, PromptSource
 from spalign.constitution import Constitution, load_constitution
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]

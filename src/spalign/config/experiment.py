@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from spalign.config.assess import AnswerConfig, JudgeConfig, Label, MMLUConfig, MTBenchConfig
+from spalign.config.base import Part
 from spalign.config.load import config_from, with_sets
-from spalign.config.parts import Part, PromptSource
+from spalign.config.parts import PromptSource
 from spalign.config.run import RunConfig, merge
 from spalign.errors import ConfigError
 from spalign.yamlfile import Location, build, load_yaml

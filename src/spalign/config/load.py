@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from spalign.config.assess import AssessConfig
-from spalign.config.parts import EngineConfig
+from spalign.config.engine import EngineConfig
 from spalign.config.run import RECIPES, RunConfig, merge
 from spalign.errors import ConfigError
 from spalign.yamlfile import Location, build, load_yaml

@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from spalign.config.base import Part, PositiveInt
+from spalign.config.engine import EngineConfig
 from spalign.config.parts import (
     OUTLETS,
     DenoiseConfig,
-    EngineConfig,
     EvaluationConfig,
     PairsConfig,
-    Part,
-    PositiveInt,
     PromptsConfig,
     RefineConfig,
     SampleConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -80,14 +81,15 @@ class ChatTokens:
         return text
 
 
-class TokenEngine:
+class TokenEngine(ABC):
     """What engines that feed token ids to a model do alike. `tokens`: the model's own tokenizer."""
 
     tokens: ChatTokens
 
     @property
+    @abstractmethod
     def window(self) -> int:
-        raise NotImplementedError
+        """Most tokens that prompt and completion may have together."""
 
     @property
     def tokenizer(self) -> Any:

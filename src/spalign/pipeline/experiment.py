@@ -15,8 +15,9 @@ from typing import Any
 
 from spalign.config import DATA_ARM, AssessConfig, ExperimentConfig, PromptsConfig, PromptSource, RunConfig
 from spalign.errors import ConfigError, NothingToTrainOn, SpalignError
-from spalign.pipeline.assess import Judged, check, figures, judged
+from spalign.pipeline.assess import check, judged
 from spalign.pipeline.context import EngineFactory
+from spalign.pipeline.figures import Judged, figures
 from spalign.pipeline.run import agree, run
 from spalign.prompts import load_prompts
 from spalign.report import Progress

@@ -6,30 +6,15 @@ heading, nor run as HTML, nor add a line to the YAML head.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from spalign.text import one_line, printable, shorten
+from spalign.report import card_facts as facts
+from spalign.report.card_facts import escaped
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_MARKUP = re.compile(
-    r"[&<`*~\\|$@{}]"  # wherever they stand
-    r"|\](?=[\[(:]|$)|:(?!\s)|(?<=www)\."  # links, also bare ones
-    r"|(?<![^\W_])_|_(?![^\W_])"  # emphasis; not within_a_word
-    r"|^[^\w\s]|(?<=\d)[.)](?=\s|$)",  # what begins a heading, a list, a quotation
-    re.IGNORECASE,
-)
-_SHARES = ("refusal", "repetition", "finished")
 _DEMO_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-def escaped(text: object, limit: int = 200) -> str:
-    """`text` on one line, to be read as it is: what Markdown or HTML would act on stands as a numeric entity."""
-    plain = shorten(one_line(printable(str(text))), limit)
-    return _MARKUP.sub(lambda m: f"&#{ord(m[0])};", plain)
 
 
 def model_card(summary: Mapping[str, Any], *, adapter: bool = False, proposed: bool = False) -> str:
@@ -38,21 +23,21 @@ def model_card(summary: Mapping[str, Any], *, adapter: bool = False, proposed: b
     step = summary["gate"]["proposed"]["step"] if proposed else None
     title = escaped(summary["name"]) + (f", checkpoint {step}" if proposed else "")
     measured = {
-        "Scores on held-out prompts": _scores,
-        "Checks": lambda s: _table(("check", "result", "figures"), _check_rows(s)),
+        "Scores on held-out prompts": facts.scores,
+        "Checks": lambda s: facts.table(("check", "result", "figures"), facts.check_rows(s)),
     }
     parts = [
         _head(summary, adapter),
         f"# {title}\n\n{_what(summary, adapter, step)}",
         "## Results in brief\n\n" + _bullets(_of_the_checkpoint(summary, step) if step is not None else _of_the_model(summary)),
         "## How to load\n\n" + _load(summary, adapter),
-        "## Training data\n\n" + _data(summary),
-        "## From prompts to pairs\n\n" + _funnels(summary, step),
-        "## Constitution\n\n" + _constitution(summary),
-        "## Judge\n\n" + _judge(summary),
-        *(f"## {heading}\n\n{text(summary)}" for heading, text in ({"Priority gate": _tries} if proposed else measured).items()),
+        "## Training data\n\n" + facts.data(summary),
+        "## From prompts to pairs\n\n" + facts.funnels(summary, step),
+        "## Constitution\n\n" + facts.constitution(summary),
+        "## Judge\n\n" + facts.judge(summary),
+        *(f"## {heading}\n\n{text(summary)}" for heading, text in ({"Priority gate": facts.tries} if proposed else measured).items()),
         "## Limits\n\n" + _bullets(_limits(summary, proposed)),
-        "## Versions\n\n" + _versions(summary, adapter),
+        "## Versions\n\n" + facts.versions(summary, adapter),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -67,16 +52,12 @@ def _base(summary: Mapping[str, Any]) -> str | None:
         return _DEMO_HUB
     fingerprint = str(summary.get("model_fingerprint", ""))
     name = fingerprint.removeprefix("hub:")
-    return name if name != fingerprint and _HUB_ID.fullmatch(name) else None
+    return name if name != fingerprint and facts.HUB_ID.fullmatch(name) else None
 
 
 def _base_name(summary: Mapping[str, Any]) -> str:
     """How the text names the base: its hub id, or the last part of its path: a card is no place for the folders of a machine."""
-    return _base(summary) or _last_part(summary["model"])
-
-
-def _last_part(path: object) -> str:
-    return str(path).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return _base(summary) or facts.last_part(summary["model"])
 
 
 def _lora(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -94,7 +75,7 @@ def _head(summary: Mapping[str, Any], adapter: bool) -> str:
     if base:
         head |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     sources = (summary.get("prompts") or {}).values()
-    if hub := sorted({p["source"] for p in sources if p["kind"] == "hub" and _HUB_ID.fullmatch(p["source"])}):
+    if hub := sorted({p["source"] for p in sources if p["kind"] == "hub" and facts.HUB_ID.fullmatch(p["source"])}):
         head["datasets"] = hub
     head |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
     head["tags"] = ["spalign", "alignment", "self-priority-alignment", "simpo"]
@@ -159,7 +140,7 @@ def _of_the_model(summary: Mapping[str, Any]) -> list[str]:
             continue
         low, high = by["difference"]["ci"]
         verdict = "rose" if low > 0 else "FELL" if high < 0 else "no change shown"
-        lines.append(f"**{escaped(o)}: {verdict}**, {_difference(o, by)} on a scale of 0 to 10")
+        lines.append(f"**{escaped(o)}: {verdict}**, {facts.difference(o, by)} on a scale of 0 to 10")
     lines += [*_of_the_judge(summary), *_of_the_guard(summary)]
     for passed, word in ((False, "FAILED"), (True, "passed")):
         if names := [escaped(c["name"]) for c in summary["checks"] if c["passed"] is passed]:
@@ -217,123 +198,6 @@ def _code(*lines: str) -> str:
     return "\n".join(("```python", *lines, "```"))
 
 
-def _data(summary: Mapping[str, Any]) -> str:
-    sets = summary.get("prompts")
-    if not sets:
-        return f"{summary['funnel']['prompts']} prompts; their source is not on record."
-    rows = []
-    for use, p in sets.items():
-        source = _last_part(p["source"]) if p["kind"] == "file" else p["source"]
-        rows.append((escaped(use), escaped(source), escaped(p["kind"]), str(p["count"]), escaped(p["sha256"])))
-    text = _table(("use", "source", "kind", "prompts", "sha256"), rows)
-    text += "\n\nOnly prompts are taken from these sets. No training prompt stands among the held-out ones."
-    if train := summary.get("train"):
-        keys = ("learning_rate", "epochs", "prompts_per_step", "beta", "gamma", "alpha", "scheduler", "warmup_ratio")
-        settings = ", ".join(f"{escaped(k)} {escaped(train[k])}" for k in keys if k in train)
-        text += f"\n\nTraining (uncertainty-guided SimPO): {settings}, seed {escaped(summary.get('seed'))}."
-    return text
-
-
-def _funnels(summary: Mapping[str, Any], step: int | None) -> str:
-    parts = []
-    for number, iteration in enumerate(summary["iterations"], 1):
-        f, t = iteration["funnel"], iteration["training"]
-        rows = [("prompts in", str(f["prompts"]))]
-        rows += [(f"dropped: {escaped(reason)}", f"-{count}") for reason, count in f["dropped"].items()]
-        rows += [("prompts kept", str(f["kept"]))]
-        rows += [(f"pairs removed: {escaped(why)}", f"-{count}") for why, count in f["pairs_removed"].items()]
-        rows += [("pairs out", str(f["pairs"])), ("of them with the shorter answer chosen", str(f["winner_shorter"]))]
-        rows += [(f"of them decided by {escaped(o)}", str(count)) for o, count in f["decided_by"].items()]
-        r, c = f["responses"], iteration["consistency"]
-        lines = [
-            _table((f"iteration {number}", "count"), rows),
-            f"Of {r['candidates']} candidates {r['unfinished']} were unfinished and {r['empty']} empty; these enter no pair. "
-            f"Consistency rule: {_passed(c['refined'])} refined answers pass"
-            + (f", {_passed(c['placebo'])} of the placebo (ordinary samples)." if c["placebo"]["tested"] else "; no placebo was tested."),
-            f"Training: {t['steps']} steps on {t['prompts']} prompts; the model is that of step {t['steps_kept']}"
-            + (f", this checkpoint that of step {step}." if step is not None and number == len(summary["iterations"]) else "."),
-        ]
-        parts.append("\n\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _passed(of: Mapping[str, int]) -> str:
-    return f"{of['passed']} of {of['tested']}"
-
-
-def _constitution(summary: Mapping[str, Any]) -> str:
-    c = summary["constitution"]
-    order = "\n".join(f"{i}. {escaped(o)}" for i, o in enumerate(c["objectives"], 1))
-    return f"**{escaped(c['name'])}**, sha256 {escaped(c['sha256'])}. Objectives in order of priority:\n\n{order}"
-
-
-def _judge(summary: Mapping[str, Any]) -> str:
-    judge = summary["judge"]
-    rows = [
-        (
-            escaped(name),
-            escaped(how["scorer"]),
-            "not checked" if how["auc"] is None else f"{how['auc']:.2f} {_interval(how['auc_ci'], '.2f')}",
-            escaped(how["on"] or "-"),
-            "-" if how["threshold"] is None else f"{how['threshold']:.2f}",
-            escaped(how["verdict"] or "not checked"),
-        )
-        for name, how in judge["objectives"].items()
-    ]
-    who = (
-        f"Another model than the policy: {escaped(judge['model'] if _HUB_ID.fullmatch(judge['model']) else _last_part(judge['model']))}."
-        if judge["independent"]
-        else "The frozen starting model itself: **not an independent judge**. Its scores show what was learned, not that it is right."
-    )
-    return f"{who}\n\n" + _table(("objective", "asked how", "AUC [95%] on labelled answers", "on", "met from", "verdict"), rows)
-
-
-def _scores(summary: Mapping[str, Any]) -> str:
-    rows = []
-    for measure, slices in summary["measures"].items():
-        form = ".1%" if measure in _SHARES else ".2f"
-        for label, by in slices.items():
-            if label == "ill_meant" and "unsafe" in slices:  # the same prompts
-                continue
-            cells = (f"{by[k]['mean']:{form}} {_interval(by[k]['ci'], form)}" for k in ("before", "after"))
-            rows.append((escaped(measure), escaped(label), *cells, _difference(measure, by)))
-    text = _table(("measure", "on", "before [95%]", "after [95%]", "difference [95%]"), rows)
-    unscored = summary["unscored"]
-    return (
-        f"{text}\n\n95% bootstrap intervals over prompts, differences paired by prompt. Objectives are scored 0 to 10, more is better. "
-        f"Answers without a score, left out: {unscored['before']} before, {unscored['after']} after."
-    )
-
-
-def _difference(measure: str, by: Mapping[str, Any]) -> str:
-    form = "+.1%" if measure in _SHARES else "+.2f"
-    return f"{by['difference']['mean']:{form}} {_interval(by['difference']['ci'], form)}"
-
-
-def _interval(ci: Sequence[float | None], form: str) -> str:
-    low, high = ("-" if v is None else format(v, form) for v in ci)
-    return f"[{low}, {high}]"
-
-
-def _check_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    return [(escaped(c["name"]), "passed" if c["passed"] else "**FAILED**", escaped(c["text"])) for c in summary["checks"]]
-
-
-def _tries(summary: Mapping[str, Any]) -> str:
-    """The final model and the checkpoints after it, in the order in which they were tried."""
-    gate = summary["gate"]
-    tried = [("final model", gate), *((f"checkpoint {c['step']}", c) for c in gate["checkpoints"])]
-    rows = [(who, "passed" if g["passed"] else f"**FAILED** ({escaped(g['verdict'])})", escaped(g["text"])) for who, g in tried]
-    text = _table(("model", "result", "figures"), rows)
-    return f"{text}\n\nDifferences are after - before of the same held-out prompts, on a scale of 0 to 10, by the judge above."
-
-
-def _versions(summary: Mapping[str, Any], adapter: bool) -> str:
-    text = ", ".join(f"{escaped(k)} {escaped(v)}" for k, v in summary["versions"].items())
-    peft = summary["versions"].get("peft")
-    return f"{text}\n\n### Framework versions\n\n- PEFT {escaped(peft)}" if adapter and peft else text  # as PEFT writes it
-
-
 def _limits(summary: Mapping[str, Any], proposed: bool) -> list[str]:
     held = (summary.get("prompts") or {}).get("heldout")
     of = f"{held['count']} held-out prompts of one set" if held else "the held-out prompts of one set"
@@ -355,8 +219,3 @@ def _limits(summary: Mapping[str, Any], proposed: bool) -> list[str]:
         tried = len(summary["gate"]["checkpoints"])
         limits.insert(0, f"This checkpoint was chosen by its figures, in {tried + 1} looks: its bound is a little too good.")
     return limits
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,0 +1,5 @@
+"""`python -m spalign.cli`."""
+
+from spalign.cli import main
+
+main()
