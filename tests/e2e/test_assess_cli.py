@@ -72,7 +72,7 @@ def test_ctrl_c_while_judging_and_the_same_command_again(lay: Callable[..., Path
         ({"models": {"vanilla": "nowhere/at/all"}}, "nowhere/at/all"),
         ({"judge": {"model": "nobody/x"}}, "the judge 'nobody/x' cannot be used"),
         ({"prompts": {"source": "gone.jsonl"}}, "gone.jsonl"),
-        ({"mt_bench": {"source": "gone.jsonl"}}, "gone.jsonl: cannot be read"),
+        ({"mt_bench": {"source": "gone.jsonl"}}, "gone.jsonl: no such file"),
         ({"lambda": [5]}, "lambda"),
     ],
 )

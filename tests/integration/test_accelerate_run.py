@@ -191,7 +191,9 @@ def service(folder: Path, log: str, monkeypatch: pytest.MonkeyPatch, at_import: 
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("SERVICE_KEY", KEY)
-    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    # Set before it is taken away: a name that was never there would not be taken away again after the test.
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.delitem(sys.modules, "trackio")
 
 
 @pytest.mark.parametrize("together", [False, True])

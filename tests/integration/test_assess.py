@@ -209,11 +209,11 @@ def test_a_judge_that_inspect_does_not_know(tmp_path: Path, tiny_model: Path) ->
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("{", "not a row"),
-        ('{"turns": ["one"]}', "not a row"),
+        ("{", "not valid JSON"),
+        ('{"question_id": 1, "turns": ["one"]}', "not"),
         ("", "holds no rows"),
-        ('{"question": 1}', "not a row"),
-        ('{"turns": [5, "b"]}', "not a row"),
+        ('{"question": 1}', "not a question of MT-Bench"),
+        ('{"question_id": 1, "turns": [5, "b"]}', "not a question of MT-Bench"),
         ('{"question_id": 1, "turns": ["a", "b"]}\n{"question_id": 1, "turns": ["a", "b"]}', "stands there twice"),
     ],
 )

@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from spalign.config import EngineConfig, MMLUConfig
-from spalign.errors import EngineError, PromptError
-from spalign.evaluation.mt_bench import spread
+from spalign.errors import EngineError
+from spalign.evaluation.question_files import questions_in, spread
 from spalign.text import printable, shorten
 
 _LETTERS = "ABCD"
@@ -60,30 +60,19 @@ def mmlu(model: str, config: MMLUConfig, engine: EngineConfig) -> list[dict[str,
 
 
 def load_mmlu(config: MMLUConfig) -> list[dict[str, Any]]:
-    """The file's questions, answers as numbers 0..3; none for a task of lm-eval. Raises PromptError with the first mistake's line."""
-    if (path := config.file) is None:
+    """The file's questions, answers as numbers 0..3; none for a task of lm-eval. Raises PromptError with all mistakes at once."""
+    if config.file is None:
         return []
-    remedy = "each line: subject, question, choices (four texts), answer (A to D)"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise PromptError(f"{path}: cannot be read: {e}", hint="check the path; the file is JSONL in UTF-8") from e
-    out = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            answer = row["answer"] if isinstance(row["answer"], int) else _LETTERS.index(row["answer"])
-            fine = isinstance(row["question"], str) and len(row["choices"]) == 4 and 0 <= answer < 4
-        except (ValueError, KeyError, TypeError):
-            fine = False
-        if not fine:
-            raise PromptError(f"{path}:{n}: not a question of MMLU", hint=remedy)
-        out.append({"subject": str(row.get("subject", "")), "question": row["question"], "choices": row["choices"], "answer": answer})
-    if not out:
-        raise PromptError(f"{path}: holds no question", hint=remedy)
-    return spread(out, config.limit) if config.limit else out
+    needs = "each row needs subject, question, choices (four texts), answer (A to D)"
+    return spread(questions_in(config.file, _question, what="a question of MMLU", needs=needs), config.limit)
+
+
+def _question(row: Mapping[str, Any]) -> dict[str, Any]:
+    letters = list(_LETTERS)
+    answer = letters.index(row["answer"]) if row["answer"] in letters else row["answer"]
+    if not (isinstance(row["question"], str) and len(row["choices"]) == len(letters) and answer in range(len(letters))):
+        raise TypeError
+    return {"subject": str(row.get("subject", "")), "question": row["question"], "choices": list(row["choices"]), "answer": answer}
 
 
 def _task(questions: list[dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from spalign.engines.make import identify, load_engine
 from spalign.engines.models import fingerprint
 from spalign.evaluation.inspect_tasks import Case, InspectModel, Read
 from spalign.evaluation.judges import AskedJudge, Judge, OwnJudge, ToScore, asks
-from spalign.evaluation.mt_bench import spread
+from spalign.evaluation.question_files import spread
 from spalign.pipeline.context import Context, EngineFactory, Policy
 from spalign.pipeline.judging import Judging, judging_step
 from spalign.report import Progress

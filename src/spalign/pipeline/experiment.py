@@ -218,6 +218,7 @@ def cost(config: ExperimentConfig) -> dict[str, Any]:
     """What the experiment will take at most: before anything runs, and without a model. Sources that cannot be read count as nothing."""
     names = ("trainings", "generated_tokens", "self_scores", "answers", "mmlu_questions", "judge_questions")
     total = dict.fromkeys(names, 0)
+    checked = AssessConfig.model_fields["check"].default
     for policy, data, seed in product(config.policies, config.data, config.seeds):
         folder = cell_folder(config, policy, data, seed)
         base = config.run_of(policy, data, seed, DATA_ARM, folder)
@@ -237,12 +238,12 @@ def cost(config: ExperimentConfig) -> dict[str, Any]:
             total["answers"] += answers
             total["generated_tokens"] += answers * config.answer.max_new_tokens
             compared = 2 * objectives * (len(config.arms) - 1) * _size(source) if config.pairwise else 0
-            total["judge_questions"] += answers * objectives + compared + 40 * objectives
+            total["judge_questions"] += answers * objectives + compared + checked * objectives
         if config.mt_bench:
             answers = 2 * len(config.arms) * min(80, config.mt_bench.limit or 80)
             total["answers"] += answers
             total["generated_tokens"] += answers * config.answer.max_new_tokens
-            total["judge_questions"] += answers + 40 * objectives
+            total["judge_questions"] += answers + checked * objectives
         if config.mmlu:
             total["mmlu_questions"] += len(config.arms) * (config.mmlu.limit or 14_042)
     return total

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spalign.errors import ConfigError, RunFolderError
-from spalign.pipeline.look import finished, iterations
+from spalign.pipeline.look import finished, iterations, on_record
 from spalign.store import Row, clear_errors, decode_row, encode_row, write_atomic
 from spalign.text import one_line, printable
 
@@ -106,10 +106,7 @@ def _parquet(rows: Iterator[Row], path: Path) -> tuple[Path, int]:
 
 
 def _card(run: Path, iteration: str, manifest: Mapping[str, Any], to: str, count: int) -> str:
-    import yaml
-
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    constitution = yaml.safe_load((run / "constitution.yaml").read_text(encoding="utf-8"))
+    config, constitution = on_record(run)
     funnel = manifest.get("funnel") or {}
     dropped = "\n".join(f"- dropped, {reason}: {n}" for reason, n in funnel.get("dropped", {}).items())
 

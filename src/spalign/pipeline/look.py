@@ -168,8 +168,13 @@ def summary_of(run: Path) -> dict[str, Any]:
     summary = read_json(run / "summary.json")
     if summary is None:
         raise RunFolderError(f"{run}: not finished, there is no summary.json", hint="finish it: spalign run CONFIG")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return {"name": str(run), "config": config, "summary": summary}
+    return {"name": str(run), "config": on_record(run)[0], "summary": summary}
+
+
+def on_record(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run's configuration and constitution, as they stand in its folder."""
+    config, constitution = (yaml.safe_load((run / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("config", "constitution"))
+    return config, constitution
 
 
 def _rows(folder: Path) -> Iterator[Row]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spalign.pipeline.look import details_of, finished, iterations, prompt_index
+from spalign.pipeline.look import details_of, finished, iterations, on_record, prompt_index
 from spalign.report.page_of import page_of
 from spalign.store import clear_errors, read_json
 
@@ -22,8 +21,8 @@ def write_report(run: Path) -> Path:
     """`report.html` in the run's folder, of whatever is finished there. Raises RunFolderError where there is no run."""
     bases = iterations(run)
     summary = read_json(run / "summary.json")
-    objectives = [o["name"] for o in _yaml(run / "constitution.yaml")["objectives"]]
-    config = _yaml(run / "config.yaml")
+    config, constitution = on_record(run)
+    objectives = [o["name"] for o in constitution["objectives"]]
     index = list(islice(prompt_index(run), PROMPTS + 1))
     more = f"; the first {PROMPTS:,} prompts" if len(index) > PROMPTS else ""
     index = index[:PROMPTS]
@@ -40,16 +39,10 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     half = path.with_name(path.name + ".tmp")
     with clear_errors(path), half.open("w", encoding="utf-8", errors="replace") as f:
-        f.writelines(page_of(_finite(data), map(_finite, details_of(run, [p["id"] for p in index]))))
+        f.writelines(page_of(data, details_of(run, [p["id"] for p in index])))
     with clear_errors(path):
         half.rename(path)
     return path
-
-
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _iteration(base: Path, objectives: list[str]) -> dict[str, Any]:
@@ -116,12 +109,3 @@ def _heldout(run: Path, objectives: list[str]) -> list[Any]:
 
 def _spread(values: list[Any]) -> list[Any]:
     return values if len(values) <= POINTS else [values[i * len(values) // POINTS] for i in range(POINTS)]
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from html import escape
 from importlib.resources import files
@@ -55,6 +56,8 @@ def _block(name: str, value: Any) -> str:
 def _safe(value: Any) -> Any:
     if isinstance(value, str):
         return printable(value)
+    if isinstance(value, float) and not math.isfinite(value):  # which JSON does not know
+        return None
     if isinstance(value, Mapping):
         return {printable(str(k)): _safe(v) for k, v in value.items()}
     return [_safe(v) for v in value] if isinstance(value, list | tuple) else value
