@@ -38,7 +38,7 @@ def test_it_reads_every_pair(tmp_path: Path, tiny_model: Path, to: str) -> None:
         "AXOLOTL_DO_NOT_TRACK": "1",
     }
     command = [sys.executable, __file__, to, str(tiny_model), str(tmp_path / "out"), str(tmp_path / "work")]
-    done = subprocess.run(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "work/rows.json").read_text())
     assert len(rows) == count == len(pairs) > 0

@@ -17,7 +17,7 @@ import pytest
 
 from spalign.config import RunConfig, config_from
 from spalign.errors import ConfigError
-from spalign.pipeline.publish import check_outlets
+from spalign.pipeline.publish import check_hub, check_outlets
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 
@@ -74,18 +74,21 @@ PUSH = """
 import sys
 from pathlib import Path
 from spalign.errors import HubError
-from spalign.pipeline.publish import push
+from spalign.pipeline.publish import push, push_data
 try:
-    print("pushed to", push(Path(sys.argv[1]), "me/mine", "a run"))
+    print("pushed to", eval(sys.argv[2]))
 except HubError as e:
     print(e)
     sys.exit(e.exit_code)
 """
 
 
-def pushed(model: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+MODEL = "push(Path(sys.argv[1]), 'me/mine', 'a run')"
+
+
+def pushed(model: Path, endpoint: str, what: str = MODEL) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_secret"}
-    command = [sys.executable, "-W", "error", "-c", PUSH, str(model)]
+    command = [sys.executable, "-W", "error", "-c", PUSH, str(model), what]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -163,6 +166,25 @@ def test_a_push_makes_a_private_repository_with_the_model_and_its_adapter(model,
     files = [v["value"]["path"] for values in commits for v in values if v["key"] == "file"]
     assert files == ["README.md", "adapter/README.md"]
     assert {key for _, key, _ in asked} == {"Bearer hf_secret"}
+
+
+def test_data_are_pushed_as_a_private_data_set(model, hub):
+    endpoint, asked = hub
+    done = pushed(model, endpoint, "push_data(Path(sys.argv[1]), 'me/pairs')")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    created = next(values[0] for path, _, values in asked if path == "/api/repos/create")
+    assert created["type"] == "dataset"
+    assert created.get("private") is True or created.get("visibility") == "private"
+    assert [path for path, _, _ in asked if "/commit/" in path] == ["/api/datasets/me/mine/commit/main"]
+
+
+@pytest.mark.parametrize(
+    ("repo", "said"), [("a b", "no name on the hub"), ("x/" + "y" * 99, "no name on the hub"), ("me/pairs", "HF_TOKEN")]
+)
+def test_a_data_set_needs_a_name_and_a_key_before_anything_is_written(monkeypatch, repo, said):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match=said):
+        check_hub(repo, "--push-to-hub")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])

@@ -126,7 +126,13 @@ def merge(
 
 @app.command("estimate")
 def estimate_command(  # noqa: PLR0913, PLR0917  an option each
-    model: Annotated[str, typer.Option(help="llama-8b, llama-70b, demo, or a local folder with a config.json.")],
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(help="A run's YAML file: all of the run, not only training.", show_default="none")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="llama-8b, llama-70b, demo, or a local folder with a config.json.", show_default="the run's")
+    ] = None,
     method: Annotated[str, typer.Option(help="full, lora, dora or qlora (4-bit base).")] = "full",
     rank: Annotated[int, typer.Option(help="The adapter's rank.")] = 16,
     devices: Annotated[int, typer.Option(help="How many devices.")] = 1,
@@ -146,37 +152,60 @@ def estimate_command(  # noqa: PLR0913, PLR0917  an option each
     network_gb: Annotated[float, typer.Option(help="GB/s between nodes, a device, in one direction: an assumption.")] = 50.0,
     gflops: Annotated[float | None, typer.Option(help="The device's bf16 GFLOP/s.", show_default="the data sheet's")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="The device's memory.", show_default="the data sheet's")] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Tokens that a device generates a second: gives a run's hours.", show_default="none")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Of a device-hour.", show_default="none")] = None,
+    price_per_million: Annotated[float | None, typer.Option(help="Of a million tokens from a server.", show_default="none")] = None,
+    set_: Sets = None,
     json_: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the table.")] = False,
 ) -> None:
-    """Say what memory and time training will need, and what to change if it does not fit. Loads no model."""
+    """Say what a run, or training alone, will take: tokens, memory, hours, money; and what to change if it does not fit. Loads no model."""
     import json
 
     from rich.console import Console
 
+    from spalign.pipeline.budget import budget, print_budget
     from spalign.training.estimate import estimate, plan_from, print_estimate
 
-    plan = plan_from(
-        model,
-        device,
-        gflops=gflops,
-        memory_gb=memory_gb,
-        method=method,
-        rank=rank,
-        devices=devices,
-        sharding=sharding,
-        prompts=prompts,
-        responses=responses,
-        prompt_tokens=prompt_tokens,
-        response_tokens=response_tokens,
-        prompts_per_forward=prompts_per_forward,
-        prompts_per_step=prompts_per_step,
-        checkpointing=checkpointing,
-        epochs=epochs,
-        efficiency=efficiency,
-        network=network_gb * 1e9,
-    )
-    found = estimate(plan)
+    options: dict[str, Any] = {
+        "method": method,
+        "rank": rank,
+        "devices": devices,
+        "sharding": sharding,
+        "prompts": prompts,
+        "responses": responses,
+        "prompt_tokens": prompt_tokens,
+        "response_tokens": response_tokens,
+        "prompts_per_forward": prompts_per_forward,
+        "prompts_per_step": prompts_per_step,
+        "checkpointing": checkpointing,
+        "epochs": epochs,
+        "efficiency": efficiency,
+        "network_gb": network_gb,
+    }
+    if (config is None) == (model is None):
+        raise SpalignError("estimate what?", hint="a run: spalign estimate RUN.yaml; or training alone: spalign estimate --model NAME")
+    if config is not None:
+        options = {name: value for name, value in options.items() if _given(context, name)}
+    elif unused := [name for name in ("tokens_per_second", "price", "price_per_million", "set_") if _given(context, name)]:
+        raise SpalignError(f"--{unused[0].strip('_').replace('_', '-')} is for a run", hint="spalign estimate RUN.yaml")
+    if "network_gb" in options:
+        options["network"] = options.pop("network_gb") * 1e9
+    found: Any
+    if config is not None:
+        prices = {"rate": tokens_per_second, "price": price, "price_per_million": price_per_million}
+        found = budget(loaded_config(config, set_), device, gflops=gflops, memory_gb=memory_gb, options=options, **prices)
+    else:
+        assert model is not None
+        found = estimate(plan_from(model, device, gflops=gflops, memory_gb=memory_gb, **options))
     if json_:
         typer.echo(json.dumps(found.as_dict()))
     else:
-        print_estimate(found, Console())
+        (print_budget if config is not None else print_estimate)(found, Console())
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether the option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

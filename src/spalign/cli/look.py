@@ -88,9 +88,18 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder for the data.", show_default=False)],
     to: Annotated[str, typer.Option(help="trl, llama-factory, axolotl or parquet.")] = "trl",
     iteration: Annotated[int | None, typer.Option(help="Which iteration's pairs.", show_default="the last")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Also push OUT as a data set; private where new.")] = None,
 ) -> None:
     """Write a run's preference pairs for another trainer, with a data card."""
     from spalign.pipeline.export import export as write
 
+    if push_to_hub is not None:
+        from spalign.pipeline.publish import check_hub
+
+        check_hub(push_to_hub, "--push-to-hub")
     path, count = write(run, out, to=to, iteration=iteration)
     typer.echo(f"written: {count:,} pairs, {shown(str(path))}")
+    if push_to_hub is not None:
+        from spalign.pipeline.publish import push_data
+
+        typer.echo(shown(f"pushed to {push_data(out, push_to_hub)}"))

@@ -13,13 +13,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from spalign.config import DATA_ARM, AssessConfig, ExperimentConfig, PromptsConfig, PromptSource, RunConfig
-from spalign.errors import ConfigError, NothingToTrainOn, SpalignError
+from spalign.config import DATA_ARM, AssessConfig, ExperimentConfig, RunConfig
+from spalign.errors import ConfigError, NothingToTrainOn
+from spalign.evaluation.mmlu import load_mmlu
 from spalign.pipeline.assess import check, judged
+from spalign.pipeline.budget import prompts_in, responses_a_prompt
 from spalign.pipeline.context import EngineFactory
 from spalign.pipeline.figures import Judged, figures
 from spalign.pipeline.run import agree, run
-from spalign.prompts import load_prompts
 from spalign.report import Progress
 from spalign.report.experiment import experiment_table
 from spalign.store import read_json, write_atomic, write_json
@@ -227,17 +228,17 @@ def cost(config: ExperimentConfig) -> dict[str, Any]:
         for arm in dict.fromkeys([DATA_ARM, *arms]):
             own = config.run_of(policy, data, seed, arm, folder)
             total["trainings"] += own.iterations if arm in arms and config.measure == "judge" else 0
-            per_prompt = own.sample.n + own.refine.drafts * (2 if own.refine.placebo else 1)
+            per_prompt = responses_a_prompt(own)
             alike = arm != DATA_ARM and all(getattr(own, p) == getattr(base, p) for p in ("sample", "prompts", "refine", "new_prompts"))
             rounds = own.iterations - (1 if alike else 0)  # the first is made once for all that make it alike
-            each = _size(own.prompts.train) // (own.iterations if own.new_prompts else 1)
+            each = prompts_in(own.prompts.train) // (own.iterations if own.new_prompts else 1)
             total["generated_tokens"] += rounds * each * per_prompt * own.sample.max_new_tokens
             total["self_scores"] += rounds * each * per_prompt * objectives
         for source in config.data[data].evaluate.values() if config.measure == "judge" else ():
-            answers = len(config.arms) * _size(source) * config.answer.samples
+            answers = len(config.arms) * prompts_in(source) * config.answer.samples
             total["answers"] += answers
             total["generated_tokens"] += answers * config.answer.max_new_tokens
-            compared = 2 * objectives * (len(config.arms) - 1) * _size(source) if config.pairwise else 0
+            compared = 2 * objectives * (len(config.arms) - 1) * prompts_in(source) if config.pairwise else 0
             total["judge_questions"] += answers * objectives + compared + checked * objectives
         if config.mt_bench:
             answers = 2 * len(config.arms) * min(80, config.mt_bench.limit or 80)
@@ -245,14 +246,6 @@ def cost(config: ExperimentConfig) -> dict[str, Any]:
             total["generated_tokens"] += answers * config.answer.max_new_tokens
             total["judge_questions"] += answers + checked * objectives
         if config.mmlu:
-            total["mmlu_questions"] += len(config.arms) * (config.mmlu.limit or 14_042)
+            of_a_task = 57 * config.mmlu.limit if config.mmlu.limit else 14_042  # a limit is for each subject
+            total["mmlu_questions"] += len(config.arms) * (len(load_mmlu(config.mmlu)) if config.mmlu.file else of_a_task)
     return total
-
-
-def _size(source: PromptSource) -> int:
-    if source.limit:
-        return source.limit
-    try:
-        return len(load_prompts(source, PromptsConfig()))
-    except SpalignError:
-        return 0

@@ -72,7 +72,7 @@ def export(run: Path, out: Path, *, to: str = "trl", iteration: int | None = Non
     assert stage is not None
     rows = (_AS[to](row) for part in stage.finished_parts() for row in map(decode_row, part.lines()))
     path, count = _write(rows, out, to)
-    write_atomic(out / "README.md", _card(run, bases[-1].name, stage.manifest() or {}, to, count).encode("utf-8", "replace"))
+    write_atomic(out / "README.md", _card(run, bases[-1].name, stage.manifest() or {}, to, path, count).encode("utf-8", "replace"))
     return path, count
 
 
@@ -105,7 +105,7 @@ def _parquet(rows: Iterator[Row], path: Path) -> tuple[Path, int]:
     return path, len(every)
 
 
-def _card(run: Path, iteration: str, manifest: Mapping[str, Any], to: str, count: int) -> str:
+def _card(run: Path, iteration: str, manifest: Mapping[str, Any], to: str, data: Path, count: int) -> str:
     config, constitution = on_record(run)
     funnel = manifest.get("funnel") or {}
     dropped = "\n".join(f"- dropped, {reason}: {n}" for reason, n in funnel.get("dropped", {}).items())
@@ -115,6 +115,7 @@ def _card(run: Path, iteration: str, manifest: Mapping[str, Any], to: str, count
 
     return f"""---
 tags: [spalign, preference]
+configs: [{{config_name: default, data_files: {data.name}}}]
 ---
 # Preference pairs by Self-Priority Alignment
 

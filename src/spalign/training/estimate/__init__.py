@@ -11,13 +11,14 @@ computation. `benchmarks/estimate.py` holds the rest against measured runs.
 from spalign.training.estimate.cost import flops_of, traffic_of
 from spalign.training.estimate.memory import attention_rows, kept, layer_kept, memory_of
 from spalign.training.estimate.plan import DEVICES, Device, Method, Plan, plan_from
-from spalign.training.estimate.result import estimate, print_estimate
+from spalign.training.estimate.result import Estimate, estimate, print_estimate
 from spalign.training.estimate.shape import SHAPES, Shape, shape_from, shape_of
 
 __all__ = [
     "DEVICES",
     "SHAPES",
     "Device",
+    "Estimate",
     "Method",
     "Plan",
     "Shape",
