@@ -33,6 +33,14 @@ def test_validate_tells_all_mistakes_at_once(spalign: Callable[..., Any], tmp_pa
         assert wrong in done.err
     (tmp_path / "run.yaml").write_text("name: x\nprompts: {train: {source: gone.jsonl}}\n")
     assert "gone.jsonl" in spalign(tmp_path, "validate", "run.yaml").err
+    (tmp_path / "run.yaml").write_text(
+        "name: x\nmodel: ./nowhere\nprompts: {train: {source: gone.jsonl}, heldout: {source: lost.jsonl}}\n"
+        "self_evaluation: {labelled: none.jsonl, judge: ./nobody}\n"
+    )
+    done = spalign(tmp_path, "validate", "run.yaml")
+    assert done.code == 2
+    for wrong in ("5 mistakes", "gone.jsonl", "lost.jsonl", "./nowhere", "none.jsonl", "./nobody"):
+        assert wrong in done.err
 
 
 def test_export_from_outside(spalign: Callable[..., Any], reference: Any, tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_a_judge_of_ours_and_utility(tmp_path: Path, tiny_model: Path) -> None:
     assert 0 <= found["utility"]["vanilla"]["mmlu"]["accuracy"]["mean"] <= 1
     assert found["utility"]["other"]["mmlu"]["difference"]["mean"] == 0.0
     assert found["utility"]["vanilla"]["mt_bench"]["questions"] == 3
+    assert found["utility"]["other"]["mt_bench"]["difference"]["mean"] == 0.0
     second = json.loads((tmp_path / "runs/test/vanilla/mt-bench-2/part-00000.jsonl").read_text().splitlines()[0])
     assert [m["role"] for m in second["prompt"]["messages"]] == ["user", "assistant", "user"]
 

@@ -94,3 +94,12 @@ def test_intervals_cover() -> None:
         interval = bootstrap_mean(rng.normal(0.3, 1.0, 60).tolist(), resamples=400, seed=1)
         hits += interval.low <= 0.3 <= interval.high
     assert 0.90 <= hits / 300 <= 0.985
+
+
+def test_mt_bench_is_paired_by_question() -> None:
+    from spalign.pipeline.figures import _by_question
+
+    # two seeds of three questions: turns 1..4 mean 2.5; a turn without a score is left out; a question without any has none
+    first = [(1.0, 2.0), (5.0, None), (None, None)]
+    second = [(3.0, 4.0), (None, None), (None, None)]
+    assert _by_question([first, second]) == [2.5, 5.0, None]

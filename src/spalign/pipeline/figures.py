@@ -84,11 +84,20 @@ def _utility(label: str, seeds: Sequence[Judged]) -> dict[str, Any]:
         out["mmlu"]["difference"] = bootstrap_mean([x - y for x, y in zip(each, theirs, strict=True)], **how).to_json()
     if pairs := [s.mt_bench[label] for s in seeds if label in s.mt_bench]:
         turns = [[v for s in pairs for both in s if (v := both[turn]) is not None] for turn in (0, 1)]
-        means = [sum(k) / len(k) for same in zip(*pairs, strict=True) if (k := [v for both in same for v in both if v is not None])]
+        mine, first = _by_question(pairs), _by_question([s.mt_bench[next(iter(config.models))] for s in seeds])
+        means = [m for m in mine if m is not None]
+        gained = [m - f for m, f in zip(mine, first, strict=True) if m is not None and f is not None]
         out["mt_bench"] = {
             "questions": len(pairs[0]),
             "score": bootstrap_mean(means, **how).to_json() if means else None,
+            "difference": bootstrap_mean(gained, **how).to_json() if gained else None,
             **{f"turn_{n}": sum(k) / len(k) if k else None for n, k in enumerate(turns, 1)},
             "unparsed": sum(v is None for s in pairs for both in s for v in both),
         }
     return out
+
+
+def _by_question(seeds: Sequence[Sequence[tuple[float | None, float | None]]]) -> list[float | None]:
+    """Of every question the mean over its scored turns and seeds."""
+    every = [[v for both in same for v in both if v is not None] for same in zip(*seeds, strict=True)]
+    return [sum(scored) / len(scored) if scored else None for scored in every]

@@ -52,6 +52,11 @@ def scorers_of(objectives: Sequence[Objective], own: SelfEvaluationConfig) -> di
     return {name: auto_scorers() if scorer in ("auto", ENSEMBLE) else (scorer,) for name, scorer in named.items()}
 
 
+def to_check(objectives: Sequence[Objective], own: SelfEvaluationConfig) -> list[Objective]:
+    """Those whose judge is to be checked on labelled answers, where no judge.yaml says what was found."""
+    return [o for o in objectives if own.scorer_of(o.name) in ("auto", ENSEMBLE, PROBE) or o.threshold == "auto"]
+
+
 @dataclass(frozen=True)
 class Judging:
     """How the answers of a part of the run are judged: by whom, on what, and from which threshold an objective is met.
@@ -135,7 +140,7 @@ def judging_step(
     how = config.engine if judge is policy else config.judge_engine
     differs = None if how.matters() == config.engine.matters() else how.matters()
     objectives = run.objectives if config is run.config else config.constitution_for_run().objectives
-    open_ = [o for o in objectives if own.scorer_of(o.name) in ("auto", ENSEMBLE, PROBE) or o.threshold == "auto"]
+    open_ = to_check(objectives, own)
     known = {o.name: Judgement.unchecked(own.scorer_of(o.name)) for o in objectives if o not in open_}
     if own.judge_file and (first or run.named_judge):
         known |= _from_file(judge, own, open_)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from spalign.config import RunConfig
-from spalign.errors import ConfigError
+from spalign.engines.models import locate
+from spalign.errors import ConfigError, SpalignError
+from spalign.pipeline.judging import to_check
+from spalign.pipeline.launch_file import check_launch
+from spalign.pipeline.publish import check_outlets
 from spalign.pipeline.run import prepare
+from spalign.prompts import load_prompts
 from spalign.report import Progress
+from spalign.selfeval import load_labelled
 from spalign.store import clear_errors, write_atomic
 
 _CONFIG = """\
@@ -58,7 +66,23 @@ def _quoted(text: str) -> str:
 
 
 def validate(config: RunConfig, ui: Progress) -> dict[str, Any]:
-    """Everything that can be seen before a model is loaded: constitution, prompts and their overlap, model, trackers, launch file."""
+    """Everything that can be seen before a model is loaded: outlets, constitution, prompts and their overlap, models, labelled answers.
+
+    Raises SpalignError with all mistakes at once.
+    """
+    looks: list[Callable[[], Any]] = [partial(check_outlets, config), partial(check_launch, config), partial(_judging, config)]
+    looks += [partial(load_prompts, source, config.prompts) for source in (config.prompts.train, config.prompts.heldout)]
+    looks += [partial(locate, name) for name in _models(config)]
+    mistakes = []
+    for look in looks:
+        try:
+            look()
+        except SpalignError as e:
+            mistakes.append(e)
+    if len(mistakes) > 1:
+        raise ConfigError(f"{len(mistakes)} mistakes:\n" + "\n".join(f"- {e}" for e in mistakes))
+    if mistakes:
+        raise mistakes[0]
     context = prepare(config, ui, None)
     return {
         "train": len(context.train_prompts),
@@ -66,3 +90,18 @@ def validate(config: RunConfig, ui: Progress) -> dict[str, Any]:
         "objectives": list(context.constitution.objective_names),
         "folder": str(config.folder),
     }
+
+
+def _judging(config: RunConfig) -> None:
+    """The constitution, and the labelled answers that its judge's check needs."""
+    own = config.self_evaluation
+    needed = to_check(config.constitution_for_run().objectives, own)
+    if needed and not own.judge_file:
+        load_labelled(Path(own.labelled) if own.labelled else None, [o.name for o in needed])
+
+
+def _models(config: RunConfig) -> list[str]:
+    """Those whose weights are to be here."""
+    own = config.self_evaluation
+    judges = [] if config.judge_engine.served else [name for name in (own.judge, own.reference_judge) if name]
+    return [*([] if config.engine.served else [config.model]), *judges]

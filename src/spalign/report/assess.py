@@ -102,12 +102,18 @@ def _pairwise(pairwise: Mapping[str, Any]) -> list[str]:
 
 
 def _utility(utility: Mapping[str, Any]) -> list[str]:
-    rows = [["model", "MMLU", "MT-Bench", "turn 1", "turn 2"], ["---"] * 5]
+    rows, first = [["model", "MMLU", "MT-Bench", "turn 1", "turn 2"], ["---"] * 5], next(iter(utility))
     for label, by in utility.items():
         m, t = by.get("mmlu"), by.get("mt_bench")
         turns = [f"{t[k]:.2f}" if t and t[k] is not None else "-" for k in ("turn_1", "turn_2")]
-        rows.append([label, interval(m["accuracy"], 3) if m else "-", interval(t["score"]) if t else "-", *turns])
+        rows.append([label, _with_change(m, "accuracy", label != first, 3), _with_change(t, "score", label != first, 2), *turns])
     return _lines(rows)
+
+
+def _with_change(told: Mapping[str, Any] | None, key: str, compared: bool, digits: int) -> str:
+    if told is None:
+        return "-"
+    return interval(told[key], digits) + (f" ({change(told['difference'], digits)})" if compared else "")
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -17,12 +17,13 @@ def experiment_table(found: Mapping[str, Any]) -> str:
         return "\n".join([*lines, *_agreement(found["agreement"])]) + "\n"
     config = found["config"]
     seeds = config["seeds"]
-    lines += [
+    over = (
         f"Seeds: {', '.join(map(str, seeds))}. A prompt's value is its mean over seeds; intervals are 95% over prompts, without "
-        "the spread of seeds, which the last column has (lowest to highest seed; first objective / last). In brackets the paired",
-        f"difference to `{config['arms'][0]}`, bold where its interval excludes 0.",
-        "",
-    ]
+        "the spread of seeds, which the last column has (lowest to highest seed; first objective / last)."
+        if len(seeds) > 1
+        else f"One seed ({seeds[0]}): intervals are 95% over prompts; how much another seed would differ is not known."
+    )
+    lines += [f"{over} In brackets the paired difference to `{config['arms'][0]}`, bold where its interval excludes 0.", ""]
     for policy, by_data in found["results"].items():
         for data, by_set in by_data.items():
             for where, figures in by_set.items():
@@ -46,9 +47,10 @@ def _one(config: Mapping[str, Any], policy: str, data: str, where: str, figures:
         names.get(c, c.replace("win_primary", f"win/tie/lose {objectives[0]}").replace("win_secondary", f"win/tie/lose {objectives[-1]}"))
         for c in columns
     ]
+    several = ["seeds"] if len(config["seeds"]) > 1 else []
     paper = config["paper"].get(policy, {})
     known = {arm: by.get(where) for arm, by in paper.items() if by.get(where)}
-    rows = [["arm", *head, *(f"paper: {h}" for h in head if known), *([] if utility else ["words", "refusals", "seeds"])]]
+    rows = [["arm", *head, *(f"paper: {h}" for h in head if known), *([] if utility else ["words", "refusals", *several])]]
     rows.append(["---"] * len(rows[0]))
     for arm in figures["models"]:
         missing = len(config["seeds"]) - figures["seeds_of"][arm]
@@ -62,7 +64,7 @@ def _one(config: Mapping[str, Any], policy: str, data: str, where: str, figures:
             cells += [
                 f"{by['words']['all']['mean']['mean']:.0f}",
                 f"{by['refusal']['all']['mean']['mean']:.0%}",
-                _seeds(arm, figures, objectives),
+                *(_seeds(arm, figures, objectives) for _ in several),
             ]
         rows.append(cells)
     title = f"## {policy}, trained on {data}: {where}"
@@ -119,9 +121,8 @@ def _utility(column: str, arm: str, figures: Mapping[str, Any]) -> str:
     told = figures["utility"].get(arm, {}).get(column)
     if told is None:
         return "-"
-    if column == "mt_bench":
-        return interval(told["score"])
-    return interval(told["accuracy"], 3) + ("" if arm == next(iter(figures["models"])) else f" ({change(told['difference'], 3)})")
+    value, digits = (told["score"], 2) if column == "mt_bench" else (told["accuracy"], 3)
+    return interval(value, digits) + ("" if arm == next(iter(figures["models"])) else f" ({change(told['difference'], digits)})")
 
 
 def _range(value: Mapping[str, Any]) -> str:
