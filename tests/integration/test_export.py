@@ -10,6 +10,7 @@ import pytest
 from test_pipeline import data_stages, settings
 
 from spalign.errors import ConfigError, RunFolderError
+from spalign.pipeline import export as export_module
 from spalign.pipeline.export import export
 
 
@@ -74,6 +75,31 @@ def test_the_shapes_of_the_others(run: Path, tmp_path: Path) -> None:
     card = (tmp_path / "ax/README.md").read_text()
     assert f"{count} pairs of iteration-1" in card
     assert "No person has labelled them" in card
+
+
+@pytest.mark.parametrize("to", ["trl", "llama-factory", "axolotl", "parquet"])
+def test_half_a_character_and_rows_in_groups(run: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a surrogate pair has no bytes in UTF-8; a run may have more rows than memory should hold."""
+    from datasets import load_dataset
+
+    monkeypatch.setattr(export_module, "_ROW_GROUP", 2)
+    part = next((run / "iteration-1/5-pair").glob("part-*.jsonl"))
+    lines = part.read_bytes().splitlines()
+    first = json.loads(lines[0])
+    first["chosen"][0]["content"] = "half \ud83d a face"
+    part.write_bytes(b"\n".join([json.dumps(first).encode(), *lines[1:]]) + b"\n")
+    path, count = export(run, tmp_path / "out", to=to)
+    kind = "parquet" if to == "parquet" else "json"
+    data = load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(data) == count == len(lines) > 2
+    assert "half ? a face" in json.dumps(data[0]["chosen"])
+
+
+def test_a_run_without_pairs_writes_nothing(run: Path, tmp_path: Path) -> None:
+    next((run / "iteration-1/5-pair").glob("part-*.jsonl")).write_bytes(b"")
+    with pytest.raises(RunFolderError, match="iteration-1 has no pairs"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes(run: Path, tmp_path: Path) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from spalign.errors import ConfigError, RunFolderError
 from spalign.pipeline.look import finished, iterations, on_record
-from spalign.store import Row, clear_errors, decode_row, encode_row, write_atomic
+from spalign.store import Row, clear_errors, decode_row, write_atomic
 from spalign.text import one_line, printable
 
 Format = Literal["trl", "llama-factory", "axolotl", "parquet"]
+_ROW_GROUP = 5000
+"""Rows of a Parquet file that are in memory at a time."""
 _EXTRA = ("id", "prompt_id", "topic", "intent", "margin", "gap", "weight", "decided_by", "scores_chosen", "scores_rejected")
 
 
@@ -64,33 +69,45 @@ def export(run: Path, out: Path, *, to: str = "trl", iteration: int | None = Non
         raise RunFolderError(
             f"{run}: no finished pairs" + (f" in iteration {iteration}" if iteration else ""), hint="run it up to 5-pair first"
         )
+    stage = finished(bases[-1] / "5-pair")
+    assert stage is not None
+    stored = (row for part in stage.finished_parts() for row in map(decode_row, part.lines()))
+    first = next(stored, None)
+    if first is None:
+        raise RunFolderError(f"{run}: {bases[-1].name} has no pairs", hint="spalign show says where the prompts went")
     with clear_errors(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out}: exists and is not an empty folder", hint="name a new folder; nothing is overwritten")
         out.mkdir(parents=True, exist_ok=True)
-    stage = finished(bases[-1] / "5-pair")
-    assert stage is not None
-    rows = (_AS[to](row) for part in stage.finished_parts() for row in map(decode_row, part.lines()))
-    path, count = _write(rows, out, to)
+    path, count = _write(map(_AS[to], chain([first], stored)), out, to)
     write_atomic(out / "README.md", _card(run, bases[-1].name, stage.manifest() or {}, to, path, count).encode("utf-8", "replace"))
     return path, count
 
 
 def _write(rows: Iterator[Row], out: Path, to: str) -> tuple[Path, int]:
+    """Row by row, or a few thousand at a time: a run may have millions."""
     if to == "parquet":
         return _parquet(rows, out / "pairs.parquet")
-    if to == "llama-factory":
+    array = to == "llama-factory"  # which reads one JSON array
+    if array:
         write_atomic(out / "dataset_info.json", json.dumps(_INFO, indent=2).encode())
-        every = list(rows)
-        path = out / "pairs.json"
-        write_atomic(path, json.dumps(every, ensure_ascii=False, indent=1).encode("utf-8", "replace"))
-        return path, len(every)
-    path, count = out / "pairs.jsonl", 0
+    path, count = out / ("pairs.json" if array else "pairs.jsonl"), 0
     with clear_errors(path), path.open("wb") as f:
-        for row in rows:
-            f.write(encode_row(row))
-            count += 1
+        for count, row in enumerate(rows, 1):
+            if array:
+                f.write(b"[" if count == 1 else b",")
+            f.write(_line(row))
+        if array:
+            f.write(b"]\n" if count else b"[]\n")
     return path, count
+
+
+def _line(row: Row) -> bytes:
+    """A line of JSON that any reader takes: half a surrogate pair, which UTF-8 has no bytes for, is a question mark."""
+    try:
+        return msgspec.json.encode(row) + b"\n"
+    except UnicodeEncodeError:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 def _parquet(rows: Iterator[Row], path: Path) -> tuple[Path, int]:
@@ -99,10 +116,18 @@ def _parquet(rows: Iterator[Row], path: Path) -> tuple[Path, int]:
         import pyarrow.parquet as pq
     except ImportError as e:
         raise ConfigError("Parquet needs the package pyarrow, which is not installed", hint="pip install 'spalign[data]'") from e
-    every = list(rows)
+    count, writer = 0, None
     with clear_errors(path):
-        pq.write_table(pa.Table.from_pylist(every), path)
-    return path, len(every)
+        try:
+            while some := [msgspec.json.decode(_line(row)) for row in islice(rows, _ROW_GROUP)]:
+                table = pa.Table.from_pylist(some, schema=writer.schema if writer else None)
+                writer = writer or pq.ParquetWriter(path, table.schema)
+                writer.write_table(table)
+                count += len(some)
+        finally:
+            if writer:
+                writer.close()
+    return path, count
 
 
 def _card(run: Path, iteration: str, manifest: Mapping[str, Any], to: str, data: Path, count: int) -> str:
