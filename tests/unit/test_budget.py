@@ -43,52 +43,79 @@ def test_tokens_and_scores_by_hand() -> None:
     assert found.money is None
 
 
-def test_iterations_share_new_prompts_and_another_judge_scores_again() -> None:
-    again = budget(config(iterations=2), "h200", options={})
-    assert again.generated["sample"] == 4000
-    shared = budget(config(iterations=2, new_prompts=True), "h200", options={})
+def test_iterations_share_new_prompts() -> None:
+    again = budget(config(iterations=3), "h200", options={})
+    assert again.generated["sample"] == 6000
+    shared = budget(config(iterations=3, new_prompts=True), "h200", options={})  # 4, 3 and 3 of ten prompts
     assert shared.generated["sample"] == 2000
+    assert isinstance(shared.training, Estimate)
+    assert shared.training.plan.prompts == 4
+    assert shared.training_hours == pytest.approx(3 * shared.training.hours)
+
+
+def test_what_scores_again_is_counted() -> None:
     other = budget(config(self_evaluation={"reference_judge": "demo"}), "h200", options={})
     assert other.scores == 208 + 40 * 2
+    # recipe paper: one draft a prompt, the same 40 candidates, on two objectives; its likert reads 3 times 8 tokens a score
+    compared = budget(config(compare=["paper"]), "h200", options={})
+    assert compared.generated["compare paper"] == 500
+    assert compared.scores == 208 + 50 * 2
+    assert compared.generated["scores by likert"] == 50 * 2 * 3 * 8
+    asked = budget(config(self_evaluation={"scorer": {"harmlessness": "likert", "helpfulness": "yes_no"}}), "h200", options={})
+    assert asked.generated["scores by likert"] == 104 * 3 * 8
 
 
 def test_hours_and_money_by_hand() -> None:
     found = budget(config(), "h200", options={"devices": 2}, rate=100.0, price=3.0)
-    # 5,200 tokens at 2 x 100 a second
-    assert found.generation_hours == pytest.approx(26 / 3600)
+    # 5,200 tokens at 100 a second: one engine generates, and two devices are paid for
+    assert found.generation_hours == pytest.approx(52 / 3600)
     assert found.training_hours is not None
-    assert found.money == pytest.approx(3.0 * 2 * (26 / 3600 + found.training_hours))
-    served = budget(config(), "h200", options={}, price_per_million=10.0)
-    assert served.money == pytest.approx(0.052)
-    both = budget(config(), "h200", options={}, price_per_million=10.0, price=3.0)
-    assert both.training_hours is not None
-    assert both.money == pytest.approx(0.052 + 3.0 * both.training_hours)
+    assert found.money == pytest.approx(3.0 * 2 * (52 / 3600 + found.training_hours))
+    many = budget(config(engine={"kind": "ray", "workers": 4}), "h200", options={}, rate=100.0, price=3.0)
+    assert many.generation_hours == pytest.approx(13 / 3600)
+    assert many.devices == 4
 
 
-def test_what_is_not_known_has_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_known_has_no_price() -> None:
     assert budget(config(), "h200", options={}, price=3.0).money is None  # no rate, so no hours of generation
-    unknown = budget(config(model="org/none"), "h200", options={}, rate=100.0, price=3.0)  # HF_HUB_OFFLINE is set for all tests
-    assert isinstance(unknown.training, str)
-    assert unknown.money is None
-    assert unknown.as_dict()["training_unknown"] == unknown.training
+    for model in ("org/none", "x" * 300, "~nobody/x", "weights.gguf"):  # HF_HUB_OFFLINE is set for all tests
+        unknown = budget(config(model=model), "h200", options={"devices": 8}, rate=100.0, price=3.0)
+        assert isinstance(unknown.training, str)
+        assert unknown.money is None
+        assert unknown.devices == 8
+        assert unknown.as_dict()["training_unknown"] == unknown.training
 
 
-@pytest.mark.parametrize("name", ["rate", "price", "price_per_million"])
+def test_a_served_policy_is_trained_as_the_model_that_its_tokenizer_names() -> None:
+    served = config(model="served", engine={"kind": "openai", "base_url": "http://localhost:1/v1", "tokenizer": "demo"})
+    assert isinstance(budget(served, "h200", options={}).training, Estimate)
+
+
+def test_devices_are_those_of_the_launch_file() -> None:
+    fsdp = config(train={"accelerate": str(Path(__file__).parents[2] / "configs/accelerate/fsdp2.yaml")})
+    found = budget(fsdp, "h200", options={})
+    assert isinstance(found.training, Estimate)
+    assert (found.training.plan.devices, found.training.plan.sharding, found.devices) == (8, "fsdp2", 8)
+
+
+@pytest.mark.parametrize("name", ["rate", "price"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_prices_are_numbers_above_0(name: str, value: float) -> None:
     with pytest.raises(SpalignError, match="give a number above 0"):
         budget(config(), "h200", options={}, **{name: value})
 
 
-def test_the_command_takes_a_run_and_what_is_given_goes_before_what_it_says(tmp_path: Path) -> None:
+def test_the_command_takes_a_run_and_options_for_what_it_does_not_say(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config().model_dump(mode="json")))
     runner = CliRunner()
-    found = json.loads(runner.invoke(app, ["estimate", str(file), "--method", "lora", "--set", "sample.n=3", "--json"]).stdout)
+    found = json.loads(runner.invoke(app, ["estimate", str(file), "--devices", "2", "--set", "sample.n=3", "--json"]).stdout)
     assert found["generated_tokens"]["sample"] == 1500
-    assert found["training"]["plan"]["method"] == "lora"
+    assert found["training"]["plan"]["devices"] == 2
     assert found["training"]["plan"]["responses"] == 4
     assert "Training, of one iteration" in runner.invoke(app, ["estimate", str(file)]).stdout
+    for said in (["--method", "lora"], ["--prompts", "5"], ["--epochs", "2"]):
+        assert "is what the run says" in str(runner.invoke(app, ["estimate", str(file), *said]).exception)
 
 
 @pytest.mark.parametrize("arguments", [[], ["x.yaml", "--model", "demo"], ["--model", "demo", "--price", "3"]])

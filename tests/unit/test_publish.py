@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from spalign.config import RunConfig, config_from
 from spalign.errors import ConfigError
+from spalign.pipeline.export import _EXTRA as EXTRA
 from spalign.pipeline.publish import check_hub, check_outlets
+from spalign.store import Stage
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 
@@ -181,10 +184,41 @@ def test_data_are_pushed_as_a_private_data_set(model, hub):
 @pytest.mark.parametrize(
     ("repo", "said"), [("a b", "no name on the hub"), ("x/" + "y" * 99, "no name on the hub"), ("me/pairs", "HF_TOKEN")]
 )
-def test_a_data_set_needs_a_name_and_a_key_before_anything_is_written(monkeypatch, repo, said):
+def test_a_data_set_needs_a_name_and_a_key(monkeypatch, repo, said):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ConfigError, match=said):
         check_hub(repo, "--push-to-hub")
+
+
+def small_run(folder: Path) -> Path:
+    """A run of one pair, as the pipeline leaves it."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "x", "model": "org/model", "prompts": {"train": {"source": "set"}}}))
+    (folder / "constitution.yaml").write_text(yaml.safe_dump({"name": "good", "objectives": [{"name": "harm"}]}))
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    stage = Stage(folder / "iteration-1/5-pair", {})
+    stage.begin()
+    stage.write_part(0, [{"prompt": [{"role": "user", "content": "Hi"}], **sides, **dict.fromkeys(EXTRA, "x")}])
+    stage.finish(funnel={})
+    return folder
+
+
+def test_export_pushes_what_it_wrote_and_nothing_is_written_without_a_key(tmp_path, hub):
+    run, (endpoint, asked) = small_run(tmp_path / "run"), hub
+    command = [sys.executable, "-m", "spalign.cli", "export", str(run), "out", "--push-to-hub", "me/pairs"]
+    env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
+    refused = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 2
+    assert "no key in the environment (HF_TOKEN)" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    assert not asked
+    keyed = {**env, "HF_TOKEN": "hf_secret"}
+    done = subprocess.run(command, cwd=tmp_path, env=keyed, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed to {endpoint}/me/mine" in done.stdout
+    commits = [values for path, _, values in asked if "/commit/" in path]
+    assert sorted(v["value"]["path"] for values in commits for v in values if v["key"] == "file") == ["README.md", "pairs.jsonl"]
+    assert "hf_secret" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])

@@ -10,12 +10,14 @@ import typer
 from spalign.cli import align, look, prove
 from spalign.cli.app import app, shown
 from spalign.errors import SpalignError
+from spalign.startup import slim
 
 __all__ = ["align", "app", "look", "main", "prove"]
 
 
 def main() -> None:
     """Entry point: errors as two lines without a traceback, with their exit code."""
+    slim()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -27,6 +29,11 @@ def main() -> None:
             raise
         typer.echo("\ninterrupted; what is finished is kept: the same command goes on", err=True)
         sys.exit(130)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.startswith("spalign"):
+            raise
+        typer.echo(f"error: the package '{e.name}' is not installed\n  fix: pip install 'spalign[all]'", err=True)
+        sys.exit(2)
     except SpalignError as e:
         kind = "stopped" if e.exit_code in (3, 4) else "error"
         typer.echo(f"{kind}: {shown(str(e))}", err=True)

@@ -124,6 +124,21 @@ def merge(
     typer.echo(shown(f"merged into {out}: {done.parameters / 1e6:,.1f}M parameters, {done.dtype}, {done.modules} modules changed"))
 
 
+_OF_A_RUN = "the run's; without one "
+_TRAINING = {
+    "method": "train.lora",
+    "rank": "train.lora.r",
+    "prompts": "prompts.train.limit",
+    "responses": "sample.n",
+    "response_tokens": "sample.max_new_tokens",
+    "prompts_per_forward": "train.prompts_per_forward",
+    "prompts_per_step": "train.prompts_per_step",
+    "checkpointing": "train.gradient_checkpointing",
+    "epochs": "train.epochs",
+}
+"""Options of `estimate` that a run's configuration says, and where."""
+
+
 @app.command("estimate")
 def estimate_command(  # noqa: PLR0913, PLR0917  an option each
     context: typer.Context,
@@ -131,32 +146,33 @@ def estimate_command(  # noqa: PLR0913, PLR0917  an option each
         Path | None, typer.Argument(help="A run's YAML file: all of the run, not only training.", show_default="none")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="llama-8b, llama-70b, demo, or a local folder with a config.json.", show_default="the run's")
+        str | None,
+        typer.Option(help="Without a run: llama-8b, llama-70b, demo, or a local folder with a config.json.", show_default="none"),
     ] = None,
-    method: Annotated[str, typer.Option(help="full, lora, dora or qlora (4-bit base).")] = "full",
-    rank: Annotated[int, typer.Option(help="The adapter's rank.")] = 16,
-    devices: Annotated[int, typer.Option(help="How many devices.")] = 1,
+    method: Annotated[str, typer.Option(help="full, lora, dora or qlora (4-bit base).", show_default=_OF_A_RUN + "full")] = "full",
+    rank: Annotated[int, typer.Option(help="The adapter's rank.", show_default=_OF_A_RUN + "16")] = 16,
+    devices: Annotated[int, typer.Option(help="How many devices.", show_default="of train.accelerate, else 1")] = 1,
     device: Annotated[str, typer.Option(help="h200, h100, a100, or cpu (with --gflops).")] = "h200",
-    sharding: Annotated[str, typer.Option(help="ddp, fsdp2 or zero3.")] = "ddp",
-    prompts: Annotated[int, typer.Option(help="Training prompts.")] = 10_000,
-    responses: Annotated[int, typer.Option(help="Responses a prompt.")] = 5,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
-    response_tokens: Annotated[int, typer.Option(help="Tokens of a response.")] = 512,
-    prompts_per_forward: Annotated[int, typer.Option(help="Prompts in a device's forward pass.")] = 1,
+    sharding: Annotated[str, typer.Option(help="ddp, fsdp2 or zero3.", show_default="of train.accelerate, else ddp")] = "ddp",
+    prompts: Annotated[int, typer.Option(help="Training prompts.", show_default=_OF_A_RUN + "10000")] = 10_000,
+    responses: Annotated[int, typer.Option(help="Responses a prompt.", show_default=_OF_A_RUN + "5")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.", show_default="of the run's prompts; without one 128")] = 128,
+    response_tokens: Annotated[int, typer.Option(help="Tokens of a response.", show_default=_OF_A_RUN + "512")] = 512,
+    prompts_per_forward: Annotated[int, typer.Option(help="Prompts in a device's forward pass.", show_default=_OF_A_RUN + "1")] = 1,
     prompts_per_step: Annotated[
-        int | None, typer.Option(help="Prompts in an optimiser step, over all devices.", show_default="from 8 on")
+        int | None,
+        typer.Option(help="Prompts in an optimiser step, over all devices.", show_default=_OF_A_RUN + "from 8 on"),
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Keep layer inputs alone; one forward more.")] = False,
-    epochs: Annotated[float, typer.Option(help="Passes over the prompts.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the prompts.", show_default=_OF_A_RUN + "1")] = 1.0,
     efficiency: Annotated[float, typer.Option(help="Share of the device's peak that is reached: an assumption.")] = 0.5,
     network_gb: Annotated[float, typer.Option(help="GB/s between nodes, a device, in one direction: an assumption.")] = 50.0,
     gflops: Annotated[float | None, typer.Option(help="The device's bf16 GFLOP/s.", show_default="the data sheet's")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="The device's memory.", show_default="the data sheet's")] = None,
     tokens_per_second: Annotated[
-        float | None, typer.Option(help="Tokens that a device generates a second: gives a run's hours.", show_default="none")
+        float | None, typer.Option(help="Tokens that one engine generates a second: gives a run's hours.", show_default="none")
     ] = None,
-    price: Annotated[float | None, typer.Option(help="Of a device-hour.", show_default="none")] = None,
-    price_per_million: Annotated[float | None, typer.Option(help="Of a million tokens from a server.", show_default="none")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a device-hour: gives a run's money.", show_default="none")] = None,
     set_: Sets = None,
     json_: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the table.")] = False,
 ) -> None:
@@ -164,9 +180,6 @@ def estimate_command(  # noqa: PLR0913, PLR0917  an option each
     import json
 
     from rich.console import Console
-
-    from spalign.pipeline.budget import budget, print_budget
-    from spalign.training.estimate import estimate, plan_from, print_estimate
 
     options: dict[str, Any] = {
         "method": method,
@@ -182,27 +195,35 @@ def estimate_command(  # noqa: PLR0913, PLR0917  an option each
         "checkpointing": checkpointing,
         "epochs": epochs,
         "efficiency": efficiency,
-        "network_gb": network_gb,
+        "network": network_gb * 1e9,
     }
-    if (config is None) == (model is None):
-        raise SpalignError("estimate what?", hint="a run: spalign estimate RUN.yaml; or training alone: spalign estimate --model NAME")
-    if config is not None:
-        options = {name: value for name, value in options.items() if _given(context, name)}
-    elif unused := [name for name in ("tokens_per_second", "price", "price_per_million", "set_") if _given(context, name)]:
-        raise SpalignError(f"--{unused[0].strip('_').replace('_', '-')} is for a run", hint="spalign estimate RUN.yaml")
-    if "network_gb" in options:
-        options["network"] = options.pop("network_gb") * 1e9
+    given = {name for name in context.params if _given(context, name)}
     found: Any
-    if config is not None:
-        prices = {"rate": tokens_per_second, "price": price, "price_per_million": price_per_million}
-        found = budget(loaded_config(config, set_), device, gflops=gflops, memory_gb=memory_gb, options=options, **prices)
+    if config is not None and model is None:
+        from spalign.pipeline.budget import budget, print_budget
+
+        if said := [name for name in _TRAINING if name in given]:
+            raise SpalignError(f"{said[0]} is what the run says", hint=f"--set {_TRAINING[said[0]]}=...")
+        given = {"network" if name == "network_gb" else name for name in given}
+        own = {name: value for name, value in options.items() if name in given}
+        loaded = loaded_config(config, set_)
+        found = budget(loaded, device, gflops=gflops, memory_gb=memory_gb, options=own, rate=tokens_per_second, price=price)
+        show: Any = print_budget
+    elif model is not None and config is None:
+        from spalign.training.estimate import estimate, plan_from, print_estimate
+
+        if unused := [flag for name, flag in _FOR_A_RUN.items() if name in given]:
+            raise SpalignError(f"{unused[0]} is for a run", hint="spalign estimate RUN.yaml")
+        found, show = estimate(plan_from(model, device, gflops=gflops, memory_gb=memory_gb, **options)), print_estimate
     else:
-        assert model is not None
-        found = estimate(plan_from(model, device, gflops=gflops, memory_gb=memory_gb, **options))
+        raise SpalignError("estimate what?", hint="a run: spalign estimate RUN.yaml; or training alone: spalign estimate --model NAME")
     if json_:
         typer.echo(json.dumps(found.as_dict()))
     else:
-        (print_budget if config is not None else print_estimate)(found, Console())
+        show(found, Console())
+
+
+_FOR_A_RUN = {"tokens_per_second": "--tokens-per-second", "price": "--price", "set_": "--set"}
 
 
 def _given(context: typer.Context, name: str) -> bool:

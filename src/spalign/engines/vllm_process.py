@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from spalign.startup import slim
+
 
 class Job(NamedTuple):
     """One sequence for vLLM.
@@ -72,6 +74,7 @@ class Some(NamedTuple):
 
 def main(fd: int) -> None:
     """Load the model that the first message describes, then do every call that comes."""
+    slim()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection = Connection(fd)
     try:

@@ -13,6 +13,7 @@ from typing import Any
 from spalign.config import EngineConfig, MMLUConfig
 from spalign.errors import EngineError
 from spalign.evaluation.question_files import questions_in, spread
+from spalign.startup import whole
 from spalign.text import printable, shorten
 
 _LETTERS = "ABCD"
@@ -27,6 +28,7 @@ def mmlu(model: str, config: MMLUConfig, engine: EngineConfig) -> list[dict[str,
     local = config.file is not None
     questions = load_mmlu(config)
     with _left_as_it_was(local), tempfile.TemporaryDirectory() as folder:
+        whole()
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -64,15 +66,18 @@ def load_mmlu(config: MMLUConfig) -> list[dict[str, Any]]:
     if config.file is None:
         return []
     needs = "each row needs subject, question, choices (four texts), answer (A to D)"
-    return spread(questions_in(config.file, _question, what="a question of MMLU", needs=needs), config.limit)
+    columns = ("subject", "question", "choices", "answer")
+    return spread(questions_in(config.file, _question, columns=columns, what="a question of MMLU", needs=needs), config.limit)
 
 
 def _question(row: Mapping[str, Any]) -> dict[str, Any]:
-    letters = list(_LETTERS)
-    answer = letters.index(row["answer"]) if row["answer"] in letters else row["answer"]
-    if not (isinstance(row["question"], str) and len(row["choices"]) == len(letters) and answer in range(len(letters))):
+    """Raises TypeError, KeyError or ValueError for what is none."""
+    choices, answer = row["choices"], row["answer"]
+    texts = isinstance(choices, list) and len(choices) == len(_LETTERS) and all(isinstance(c, str) for c in choices)
+    number = _LETTERS.index(answer) if isinstance(answer, str) and len(answer) == 1 and answer in _LETTERS else answer
+    if not (isinstance(row["question"], str) and texts and type(number) is int and 0 <= number < len(_LETTERS)):
         raise TypeError
-    return {"subject": str(row.get("subject", "")), "question": row["question"], "choices": list(row["choices"]), "answer": answer}
+    return {"subject": str(row.get("subject", "")), "question": row["question"], "choices": choices, "answer": number}
 
 
 def _task(questions: list[dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from spalign.config import MTBenchConfig
 from spalign.evaluation.question_files import questions_in, spread
+from spalign.prompts import quoted
 from spalign.types import Message, Prompt
 
 Both = tuple[str, str]
@@ -33,24 +34,31 @@ def load_questions(config: MTBenchConfig) -> list[Question]:
     references: dict[Any, Both] = {}
     if config.references:
         needs = "each row needs question_id and choices[0].turns (two texts)"
-        references = dict(questions_in(Path(config.references), _reference, what="a reference of MT-Bench", needs=needs))
+        references = dict(
+            questions_in(
+                Path(config.references), _reference, columns=("question_id", "choices"), what="a reference of MT-Bench", needs=needs
+            )
+        )
     seen = set[Any]()
 
     def question(row: Mapping[str, Any]) -> Question:
         name, (first, second) = row["question_id"], _two(row["turns"])
         if name in seen:
-            raise ValueError(f"question_id {name} stands there twice")
+            raise ValueError(f"question_id {quoted(str(name))} stands there twice")
         seen.add(name)
         own = _two(row["reference"]) if row.get("reference") else ("", "")
         prompt = Prompt(f"mt-{name}", (Message("user", first),), topic=str(row.get("category", "")))
         return Question(prompt, second, references.get(name, own))
 
     needs = "each row needs question_id and turns (two texts)"
-    return spread(questions_in(Path(config.source), question, what="a question of MT-Bench", needs=needs), config.limit)
+    columns = ("question_id", "category", "turns", "reference")
+    return spread(questions_in(Path(config.source), question, columns=columns, what="a question of MT-Bench", needs=needs), config.limit)
 
 
 def _reference(row: Mapping[str, Any]) -> tuple[Any, Both]:
-    return row["question_id"], _two(row["choices"][0]["turns"])
+    name = row["question_id"]
+    hash(name)  # a list is none
+    return name, _two(row["choices"][0]["turns"])
 
 
 def _two(texts: Any) -> Both:

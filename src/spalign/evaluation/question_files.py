@@ -12,14 +12,16 @@ from spalign.prompts import Mistake, read_file, refuse
 T = TypeVar("T")
 
 
-def questions_in(path: Path, read: Callable[[Mapping[str, Any]], T], *, what: str, needs: str) -> list[T]:
-    """What `read` makes of every row; what it raises on says that the row is no `what`, which `needs` these columns.
+def questions_in(path: Path, read: Callable[[Mapping[str, Any]], T], *, columns: Sequence[str], what: str, needs: str) -> list[T]:
+    """What `read` makes of every row; what it raises on says that the row is no `what`, which `needs` certain columns.
+
+    columns: those that a Parquet file is asked for.
 
     Raises PromptError for a file that cannot be read or holds nothing, and with all mistakes of its rows at once.
     """
     found: list[T] = []
     mistakes: list[Mistake] = []
-    for row in read_file(path, ()).rows:
+    for row in read_file(path, columns).rows:
         if isinstance(row, Mistake):
             mistakes.append(row)
             continue

@@ -7,17 +7,18 @@ all answer the same prompts, and one judge reads them all.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from spalign.config import DATA_ARM, AssessConfig, ExperimentConfig, RunConfig
-from spalign.errors import ConfigError, NothingToTrainOn
+from spalign.config import DATA_ARM, AssessConfig, ExperimentConfig, MMLUConfig, RunConfig
+from spalign.errors import ConfigError, NothingToTrainOn, SpalignError
 from spalign.evaluation.mmlu import load_mmlu
 from spalign.pipeline.assess import check, judged
-from spalign.pipeline.budget import prompts_in, responses_a_prompt
+from spalign.pipeline.budget import prompts_in, responses_a_prompt, sampled_prompts
 from spalign.pipeline.context import EngineFactory
 from spalign.pipeline.figures import Judged, figures
 from spalign.pipeline.run import agree, run
@@ -228,17 +229,20 @@ def cost(config: ExperimentConfig) -> dict[str, Any]:
         for arm in dict.fromkeys([DATA_ARM, *arms]):
             own = config.run_of(policy, data, seed, arm, folder)
             total["trainings"] += own.iterations if arm in arms and config.measure == "judge" else 0
-            per_prompt = responses_a_prompt(own)
+            judged = config.measure == "judge"
+            per_prompt = responses_a_prompt(own) if judged else own.sample.n
             alike = arm != DATA_ARM and all(getattr(own, p) == getattr(base, p) for p in ("sample", "prompts", "refine", "new_prompts"))
-            rounds = own.iterations - (1 if alike else 0)  # the first is made once for all that make it alike
-            each = prompts_in(own.prompts.train) // (own.iterations if own.new_prompts else 1)
-            total["generated_tokens"] += rounds * each * per_prompt * own.sample.max_new_tokens
-            total["self_scores"] += rounds * each * per_prompt * objectives
+            each = prompts_in(own.prompts.train, own.prompts)
+            prompts = sampled_prompts(own, each)
+            if alike:  # the first iteration is made once for all that make it alike
+                prompts -= math.ceil(each / own.iterations) if own.new_prompts else each
+            total["generated_tokens"] += prompts * per_prompt * own.sample.max_new_tokens
+            total["self_scores"] += prompts * per_prompt * objectives
         for source in config.data[data].evaluate.values() if config.measure == "judge" else ():
-            answers = len(config.arms) * prompts_in(source) * config.answer.samples
+            answers = len(config.arms) * prompts_in(source, base.prompts) * config.answer.samples
             total["answers"] += answers
             total["generated_tokens"] += answers * config.answer.max_new_tokens
-            compared = 2 * objectives * (len(config.arms) - 1) * prompts_in(source) if config.pairwise else 0
+            compared = 2 * objectives * (len(config.arms) - 1) * prompts_in(source, base.prompts) if config.pairwise else 0
             total["judge_questions"] += answers * objectives + compared + checked * objectives
         if config.mt_bench:
             answers = 2 * len(config.arms) * min(80, config.mt_bench.limit or 80)
@@ -246,6 +250,14 @@ def cost(config: ExperimentConfig) -> dict[str, Any]:
             total["generated_tokens"] += answers * config.answer.max_new_tokens
             total["judge_questions"] += answers + checked * objectives
         if config.mmlu:
-            of_a_task = 57 * config.mmlu.limit if config.mmlu.limit else 14_042  # a limit is for each subject
-            total["mmlu_questions"] += len(config.arms) * (len(load_mmlu(config.mmlu)) if config.mmlu.file else of_a_task)
+            total["mmlu_questions"] += len(config.arms) * _mmlu_questions(config.mmlu)
     return total
+
+
+def _mmlu_questions(config: MMLUConfig) -> int:
+    if config.file is None:
+        return 57 * config.limit if config.limit else 14_042  # a limit is for each subject
+    try:
+        return len(load_mmlu(config))
+    except SpalignError:
+        return 0

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from spalign.errors import ConfigError, RunFolderError
 from spalign.pipeline.look import finished, iterations, on_record
-from spalign.store import Row, clear_errors, decode_row, write_atomic
+from spalign.prompts import exists
+from spalign.store import Row, Stage, clear_errors, write_atomic
 from spalign.text import one_line, printable
 
-Format = Literal["trl", "llama-factory", "axolotl", "parquet"]
 _ROW_GROUP = 5000
 """Rows of a Parquet file that are in memory at a time."""
 _EXTRA = ("id", "prompt_id", "topic", "intent", "margin", "gap", "weight", "decided_by", "scores_chosen", "scores_rejected")
@@ -60,46 +63,67 @@ _USE = {
 def export(run: Path, out: Path, *, to: str = "trl", iteration: int | None = None) -> tuple[Path, int]:
     """Write the pairs of an iteration (default: the last that has any) as a new folder; its data file, and how many pairs.
 
-    Raises ConfigError for an unknown format or a folder that is not empty, RunFolderError where the run has no pairs.
+    The folder is there when it is whole. Raises ConfigError for an unknown format or a folder that is not empty, RunFolderError where the
+    run has no pairs.
     """
     if to not in _AS:
         raise ConfigError(f"no format '{to}'", hint=f"one of: {', '.join(_AS)}")
-    bases = [b for b in iterations(run) if finished(b / "5-pair") and (iteration is None or b.name == f"iteration-{iteration}")]
-    if not bases:
-        raise RunFolderError(
-            f"{run}: no finished pairs" + (f" in iteration {iteration}" if iteration else ""), hint="run it up to 5-pair first"
-        )
-    stage = finished(bases[-1] / "5-pair")
-    assert stage is not None
-    stored = (row for part in stage.finished_parts() for row in map(decode_row, part.lines()))
-    first = next(stored, None)
-    if first is None:
-        raise RunFolderError(f"{run}: {bases[-1].name} has no pairs", hint="spalign show says where the prompts went")
+    where = f"iteration {iteration}" if iteration else "any iteration"
+    bases = [b for b in iterations(run) if iteration is None or b.name == f"iteration-{iteration}"]
+    stages = [(b.name, stage) for b in bases if (stage := finished(b / "5-pair"))]
+    if not stages:
+        raise RunFolderError(f"{run}: no finished pairs in {where}", hint="run it up to 5-pair first")
+    told = on_record(run)
+    last = next(((name, stage, rows) for name, stage in reversed(stages) if (rows := _rows_of(stage))), None)
+    if last is None:
+        raise RunFolderError(f"{run}: no pairs in {where}", hint="spalign show says where the prompts went")
+    name, stage, rows = last
     with clear_errors(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out}: exists and is not an empty folder", hint="name a new folder; nothing is overwritten")
-        out.mkdir(parents=True, exist_ok=True)
-    path, count = _write(map(_AS[to], chain([first], stored)), out, to)
-    write_atomic(out / "README.md", _card(run, bases[-1].name, stage.manifest() or {}, to, path, count).encode("utf-8", "replace"))
-    return path, count
+        out.parent.mkdir(parents=True, exist_ok=True)
+        half = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        file, count = _write(map(_AS[to], rows), half, to)
+        write_atomic(half / "README.md", _card(*told, name, stage.manifest() or {}, to, file, count).encode("utf-8", "replace"))
+        with clear_errors(out):
+            half.chmod(0o777 & ~_umask())
+            half.replace(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return out / file, count
 
 
-def _write(rows: Iterator[Row], out: Path, to: str) -> tuple[Path, int]:
-    """Row by row, or a few thousand at a time: a run may have millions."""
+def _rows_of(stage: Stage) -> Iterator[Row] | None:
+    """None where there are none."""
+    rows = stage.rows()
+    first = next(rows, None)
+    return None if first is None else chain([first], rows)
+
+
+def _umask() -> int:
+    """What a folder made here is allowed: mkdtemp's own are for the user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write(rows: Iterator[Row], out: Path, to: str) -> tuple[str, int]:
+    """The data file's name and rows. Row by row, or a few thousand at a time: a run may have millions."""
     if to == "parquet":
-        return _parquet(rows, out / "pairs.parquet")
+        return "pairs.parquet", _parquet(rows, out / "pairs.parquet")
     array = to == "llama-factory"  # which reads one JSON array
     if array:
         write_atomic(out / "dataset_info.json", json.dumps(_INFO, indent=2).encode())
-    path, count = out / ("pairs.json" if array else "pairs.jsonl"), 0
-    with clear_errors(path), path.open("wb") as f:
+    name, count = ("pairs.json" if array else "pairs.jsonl"), 0
+    with clear_errors(out), (out / name).open("wb") as f:
         for count, row in enumerate(rows, 1):
             if array:
                 f.write(b"[" if count == 1 else b",")
             f.write(_line(row))
         if array:
-            f.write(b"]\n" if count else b"[]\n")
-    return path, count
+            f.write(b"]\n")
+    return name, count
 
 
 def _line(row: Row) -> bytes:
@@ -110,7 +134,7 @@ def _line(row: Row) -> bytes:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
-def _parquet(rows: Iterator[Row], path: Path) -> tuple[Path, int]:
+def _parquet(rows: Iterator[Row], path: Path) -> int:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -127,25 +151,33 @@ def _parquet(rows: Iterator[Row], path: Path) -> tuple[Path, int]:
         finally:
             if writer:
                 writer.close()
-    return path, count
+    return count
 
 
-def _card(run: Path, iteration: str, manifest: Mapping[str, Any], to: str, data: Path, count: int) -> str:
-    config, constitution = on_record(run)
+def _card(
+    config: Mapping[str, Any], constitution: Mapping[str, Any], iteration: str, manifest: Mapping[str, Any], to: str, data: str, count: int
+) -> str:
     funnel = manifest.get("funnel") or {}
     dropped = "\n".join(f"- dropped, {reason}: {n}" for reason, n in funnel.get("dropped", {}).items())
 
     def line(value: Any) -> str:
         return one_line(printable(str(value))).replace("`", "'").replace("<", "&lt;")
 
+    def name(value: str) -> str:
+        """Of a local file or folder its name alone: where it lay is nobody's concern."""
+        path = Path(value).expanduser()
+        return line(path.name if exists(path) or path.is_absolute() else value)
+
+    judge = (config.get("self_evaluation") or {}).get("judge")
+    scores = f"The scores are those of `{name(judge)}`" if judge else "The scores are the model's own"
     return f"""---
 tags: [spalign, preference]
-configs: [{{config_name: default, data_files: {data.name}}}]
+configs: [{{config_name: default, data_files: {data}}}]
 ---
 # Preference pairs by Self-Priority Alignment
 
-{count} pairs of {iteration} of the run `{line(config["name"])}`. Prompts: `{line(config["prompts"]["train"]["source"])}`. Answers and
-scores are the model's own (`{line(config["model"])}`), by the constitution `{line(constitution["name"])}`
+{count} pairs of {iteration} of the run `{line(config["name"])}`. Prompts: `{name(config["prompts"]["train"]["source"])}`.
+The answers are those of the model (`{name(config["model"])}`). {scores}, by the constitution `{line(constitution["name"])}`
 ({", ".join(line(o["name"]) for o in constitution["objectives"])}, in order of priority). No person has labelled them.
 
 - prompts in: {funnel.get("prompts")}, kept: {funnel.get("kept")}

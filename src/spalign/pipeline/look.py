@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spalign.errors import RunFolderError
 from spalign.store import Row, Stage, read_json
 from spalign.text import shorten
 from spalign.types import prompt_from_json
+from spalign.yamlfile import load_yaml
 
 
 def finished(folder: Path) -> Stage | None:
@@ -172,8 +171,8 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 
 def on_record(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The run's configuration and constitution, as they stand in its folder."""
-    config, constitution = (yaml.safe_load((run / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("config", "constitution"))
+    """The run's configuration and constitution, as they stand in its folder. Raises RunFolderError where one is missing or damaged."""
+    config, constitution = (load_yaml(run / f"{name}.yaml", RunFolderError)[0] for name in ("config", "constitution"))
     return config, constitution
 
 

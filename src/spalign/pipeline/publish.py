@@ -42,6 +42,10 @@ def check_hub(repo: str, option: str) -> None:
     if len(repo) > 96 or not re.fullmatch(HUB_ID, repo):
         raise ConfigError(f"{option}: '{shorten(printable(repo), 60)}' is no name on the hub", hint="OWNER/NAME, at most 96 characters")
     check_key(option)
+    try:
+        import huggingface_hub  # noqa: F401  before anything is written
+    except ImportError as e:
+        raise ConfigError(f"{option} needs the package huggingface_hub, which is not installed", hint="pip install 'spalign[data]'") from e
 
 
 def publish(run: Context, summary: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,40 +200,66 @@ def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:
     n = run.config.iterations
     if not run.config.new_prompts:
         return [run.train_prompts] * n
-    if n > len(run.train_prompts):
-        raise ConfigError(
-            f"new_prompts: {n} iterations need at least {n} training prompts, there are {len(run.train_prompts)}", hint="lower iterations"
-        )
     return [run.train_prompts[i::n] for i in range(n)]
 
 
-def prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) -> Context:
-    """Everything that can be checked before a model is loaded."""
-    check_outlets(config)
-    check_launch(config)
+def checks_of(config: RunConfig) -> list[Callable[[], Any]]:
+    """What the configuration alone can be refused for; each raises SpalignError by itself."""
+    recipes = [config, *(config.with_recipe(recipe) for recipe in config.compare)]
+    return [
+        partial(check_outlets, config),
+        partial(check_launch, config),
+        partial(_check_four_bits, config),
+        *(recipe.constitution_for_run for recipe in recipes),
+        partial(_check_data_from, config),
+        partial(_check_policy, config),
+    ]
+
+
+def _check_four_bits(config: RunConfig) -> None:
     if config.train.lora and config.train.lora.base_dtype == "nf4":
         from spalign.engines.loading import need_bitsandbytes
 
         need_bitsandbytes()
-    constitution = config.constitution_for_run()
-    for recipe in config.compare:
-        config.with_recipe(recipe).constitution_for_run()
-    train, heldout = (
-        prompt_sets.load_prompts(source, config.prompts, note=lambda text: ui.line(f"note: {text}", style="yellow"))
-        for source in (config.prompts.train, config.prompts.heldout)
-    )
-    prompt_sets.check_disjoint(train, heldout)
-    if config.sample.n <= len(constitution.objectives):
-        ui.line(
-            f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n",
-            style="yellow",
-        )
+
+
+def _check_data_from(config: RunConfig) -> None:
     if config.data_from and not (Path(config.data_from) / "config.yaml").is_file():
         raise ConfigError(f"data_from: {config.data_from} is no run", hint="name the folder of a run, or leave it out")
+
+
+def _check_policy(config: RunConfig) -> None:
     if weights_of(config.model, config.engine) is None:
         raise EngineError(
             f"the policy '{config.model}' is only served, and a run trains its policy: that needs its weights here",
             hint="name its hub id or folder: engine.tokenizer; a model that is only served can judge (self_evaluation.judge, judge_engine)",
+        )
+
+
+def check_prompts(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    """Raises SpalignError where the sets overlap, or `new_prompts` has fewer of them than iterations."""
+    prompt_sets.check_disjoint(train, heldout)
+    if config.new_prompts and config.iterations > len(train):
+        raise ConfigError(
+            f"new_prompts: {config.iterations} iterations need at least {config.iterations} training prompts, there are {len(train)}",
+            hint="lower iterations",
+        )
+
+
+def prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) -> Context:
+    """Everything that can be checked before a model is loaded."""
+    for check in checks_of(config):
+        check()
+    constitution = config.constitution_for_run()
+    train, heldout = (
+        prompt_sets.load_prompts(source, config.prompts, note=lambda text: ui.line(f"note: {text}", style="yellow"))
+        for source in (config.prompts.train, config.prompts.heldout)
+    )
+    check_prompts(config, train, heldout)
+    if config.sample.n <= len(constitution.objectives):
+        ui.line(
+            f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n",
+            style="yellow",
         )
 
     def own(name: str) -> Engine:

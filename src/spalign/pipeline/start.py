@@ -6,20 +6,19 @@ from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spalign.config import RunConfig
 from spalign.engines.models import locate
 from spalign.errors import ConfigError, SpalignError
 from spalign.pipeline.judging import to_check
-from spalign.pipeline.launch_file import check_launch
-from spalign.pipeline.publish import check_outlets
-from spalign.pipeline.run import prepare
+from spalign.pipeline.run import check_prompts, checks_of, prepare
 from spalign.prompts import load_prompts
 from spalign.report import Progress
-from spalign.selfeval import load_labelled
+from spalign.selfeval import load_judge, load_labelled
 from spalign.store import clear_errors, write_atomic
 
+T = TypeVar("T")
 _CONFIG = """\
 # A run of spalign: `spalign validate {config}`, then `spalign run {config}`. Every option: docs, or the docstrings of spalign.config.
 name: {name}
@@ -70,15 +69,22 @@ def validate(config: RunConfig, ui: Progress) -> dict[str, Any]:
 
     Raises SpalignError with all mistakes at once.
     """
-    looks: list[Callable[[], Any]] = [partial(check_outlets, config), partial(check_launch, config), partial(_judging, config)]
-    looks += [partial(load_prompts, source, config.prompts) for source in (config.prompts.train, config.prompts.heldout)]
-    looks += [partial(locate, name) for name in _models(config)]
-    mistakes = []
-    for look in looks:
+    mistakes: list[SpalignError] = []
+
+    def seen(look: Callable[[], T]) -> T | None:
         try:
-            look()
+            return look()
         except SpalignError as e:
             mistakes.append(e)
+            return None
+
+    looks: list[Callable[[], Any]] = [*checks_of(config), partial(_judging, config), *(partial(locate, name) for name in _models(config))]
+    for look in looks:
+        seen(look)
+    train, heldout = (seen(partial(load_prompts, source, config.prompts)) for source in (config.prompts.train, config.prompts.heldout))
+    if train and heldout:
+        seen(partial(check_prompts, config, train, heldout))
+    mistakes = list({str(e): e for e in mistakes}.values())  # recipes share a constitution
     if len(mistakes) > 1:
         raise ConfigError(f"{len(mistakes)} mistakes:\n" + "\n".join(f"- {e}" for e in mistakes))
     if mistakes:
@@ -93,10 +99,11 @@ def validate(config: RunConfig, ui: Progress) -> dict[str, Any]:
 
 
 def _judging(config: RunConfig) -> None:
-    """The constitution, and the labelled answers that its judge's check needs."""
+    """judge.yaml, or the labelled answers that the judge's check needs."""
     own = config.self_evaluation
-    needed = to_check(config.constitution_for_run().objectives, own)
-    if needed and not own.judge_file:
+    if own.judge_file:
+        load_judge(Path(own.judge_file))
+    elif needed := to_check(config.constitution_for_run().objectives, own):
         load_labelled(Path(own.labelled) if own.labelled else None, [o.name for o in needed])
 
 

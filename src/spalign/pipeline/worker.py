@@ -14,6 +14,7 @@ from pathlib import Path
 from spalign.errors import SpalignError, TrainingError
 from spalign.pipeline.job import TrainJob, train_job
 from spalign.pipeline.launch import LOG, MARK, RESULT
+from spalign.startup import slim
 from spalign.store import read_json, write_json
 from spalign.text import shorten
 
@@ -41,6 +42,7 @@ class _Told:
 
 def main(file: str) -> None:
     """Do the job. The result, or an error, lands beside the file."""
+    slim()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     rank, folder = int(os.environ.get("RANK", "0")), Path(file).parent
     try:

@@ -18,7 +18,18 @@ from spalign.prompts._rows import Mistake, Table, prompts_from, quoted, refuse
 from spalign.text import words
 from spalign.types import Message, Prompt
 
-__all__ = ["Mistake", "check_disjoint", "load_prompts", "named", "read_file", "refuse", "sha256", "shipped_sets"]
+__all__ = [
+    "Mistake",
+    "check_disjoint",
+    "exists",
+    "load_prompts",
+    "named",
+    "quoted",
+    "read_file",
+    "refuse",
+    "sha256",
+    "shipped_sets",
+]
 
 
 def shipped_sets() -> tuple[str, ...]:

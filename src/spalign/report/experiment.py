@@ -19,7 +19,7 @@ def experiment_table(found: Mapping[str, Any]) -> str:
     seeds = config["seeds"]
     over = (
         f"Seeds: {', '.join(map(str, seeds))}. A prompt's value is its mean over seeds; intervals are 95% over prompts, without "
-        "the spread of seeds, which the last column has (lowest to highest seed; first objective / last)."
+        "the spread of seeds, which tables of scores have in their last column (lowest to highest seed; first objective / last)."
         if len(seeds) > 1
         else f"One seed ({seeds[0]}): intervals are 95% over prompts; how much another seed would differ is not known."
     )

@@ -16,9 +16,12 @@ from spalign.types import SCORE_MAX, Message
 # "on a scale of 1 to 10", "7-8": not a score. Each run of digits is read once: a reply of a million takes no longer than another
 _RANGE = re.compile(r"(?<!\d)\d++\s*+(?:[-–—]|to)\s*+\d++", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.,/−–-])(\d{1,4})(?:\s*/\s*(\d{1,4})|\s+(?:out\s+)?of\s+(\d{1,4}))?(?![\w/%]|[.,]\d)", re.IGNORECASE)
-_GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=8)
-_REPEAT = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+MAX_TOKENS = 8
+"""Of one reading."""
+_GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=MAX_TOKENS)
+_REPEAT = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=MAX_TOKENS)
 REPEATS = 2
+READINGS = 1 + REPEATS
 DIGITS = tuple("123456789")
 
 
@@ -39,9 +42,9 @@ class LikertScorer:
         """One integer score in 1..10 per case; None where no reading gives one, or where the question exceeds the window."""
         asks = {(n, i): (_question(c, o, 10),) for n, o in enumerate(objectives) for i, c in enumerate(cases)}
         fit = {at: m for at, m in asks.items() if count_tokens(engine, m) + _GREEDY.max_new_tokens <= engine.window}
-        readings: dict[tuple[int, int], list[float | None]] = {at: [None] * (1 + REPEATS) for at in asks}
+        readings: dict[tuple[int, int], list[float | None]] = {at: [None] * READINGS for at in asks}
         # in one call, so that an engine reads each question once for all its readings
-        ways = {"greedy": (_GREEDY, (0,)), "repeat": (_REPEAT, tuple(range(1, 1 + REPEATS)))}
+        ways = {"greedy": (_GREEDY, (0,)), "repeat": (_REPEAT, tuple(range(1, READINGS)))}
         requests = [GenerateRequest(f"{n} {i} {way}", m, seeds, s) for (n, i), m in fit.items() for way, (s, seeds) in ways.items()]
         for completion in engine.generate(requests):
             n, i, way = completion.request_id.split()
