@@ -1,4 +1,5 @@
-"""Seconds in which `spalign what-if` answers for a run of 100,000 prompts with six responses each, beside the run's own two stages.
+"""Seconds in which `spalign what-if` answers for a run of 100,000 prompts with six responses each, beside the run's own two stages; and
+seconds and peak memory of `spalign report`, `show` and `export` on the same run.
 
 python benchmarks/what_if.py --json
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,8 @@ def main() -> None:
             began = time.perf_counter()
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             times.append(round(time.perf_counter() - began, 2))
+        commands = {"report": [], "show": ["p77"], "export": [str(folder / "out"), "--to", "parquet"]}
+        others = {name: taken([name, str(folder), *more]) for name, more in commands.items()}
         found = json.loads(done.stdout)["the run"]
         assert (found["kept"], found["pairs"]) == (run["kept"], run["pairs"]), "what-if and the run do not agree"
     summary = {
@@ -41,12 +45,24 @@ def main() -> None:
         "all": times,
         "seconds_of_the_run": run["seconds"],
         "pairs": found["pairs"],
+        **{name: {"seconds": seconds, "peak_gb": peak} for name, (seconds, peak) in others.items()},
     }
     print(json.dumps(summary) if options.json else summary)
 
 
+def taken(words: list[str]) -> tuple[float, float]:
+    """Seconds and peak memory (GB) of a command of spalign's."""
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-m", "spalign.cli", *words], stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, words
+    return round(time.perf_counter() - began, 2), round(usage.ru_maxrss / 2**20, 2)
+
+
 def lay_out(folder: Path) -> None:
     """What a run's folder has beside its stages, as far as what-if looks."""
+    (folder / "iteration-1/1-sample").symlink_to(folder / "iteration-1/2-evaluate")  # the same groups with scores
     from spalign.config import config_from
     from spalign.constitution import load_constitution
 

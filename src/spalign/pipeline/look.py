@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,43 +33,43 @@ def overview(run: Path) -> dict[str, Any]:
     for base in iterations(run):
         paired = finished(base / "5-pair")
         pairs = Counter(r["prompt_id"] for r in paired.rows()) if paired else Counter[str]()
-        verdicts = {r["prompt_id"]: r for r in _rows(base / "4-denoise")}
+        verdicts = {r["prompt_id"]: (r["reason"], r["det"]) for r in _rows(base / "4-denoise")}
         prompts = []
         for row in _rows(base / "1-sample"):
             prompt = prompt_from_json(row["prompt"])
-            verdict = verdicts.get(prompt.id, {})
-            told = {
-                "id": prompt.id,
-                "text": prompt.text,
-                "reason": verdict.get("reason"),
-                "det": verdict.get("det"),
-                "pairs": pairs[prompt.id],
-            }
-            prompts.append(told)
+            reason, det = verdicts.get(prompt.id, (None, None))
+            prompts.append({"id": prompt.id, "text": prompt.text, "reason": reason, "det": det, "pairs": pairs[prompt.id]})
         out.append({"funnel": (paired.manifest() or {}).get("funnel") if paired else None, "prompts": prompts})
     return {"iterations": out}
 
 
 def one_prompt(run: Path, wanted: str) -> dict[str, Any]:
     """Everything about the prompt of that id. Raises RunFolderError where the run has none."""
-    if wanted not in {p["id"] for p in prompt_index(run)}:
+    found = next(details_of(run, [wanted]), None)
+    if found is None:
         raise RunFolderError(
             f"{run}: no prompt '{wanted}'", hint="`spalign show RUN` lists the training prompts; held-out ones have ids too"
         )
-    return next(details_of(run, [wanted]))
+    return found
 
 
-def prompt_index(run: Path) -> Iterator[dict[str, Any]]:
-    """A line a prompt, training prompts first: id, how its text begins, intent, topic, last iteration's verdict, pairs of all."""
+def prompt_index(run: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """A line a prompt, training prompts first: id, how its text begins, intent, topic, last iteration's verdict, pairs of all.
+
+    most: of so many training prompts; the others are not held in memory.
+    """
     seen: dict[str, dict[str, Any]] = {}
     for base in iterations(run):
-        verdicts = {r["prompt_id"]: r for r in _rows(base / "4-denoise")}
-        pairs = Counter(r["prompt_id"] for r in _rows(base / "5-pair"))
         for row in _rows(base / "1-sample"):
-            line = seen.setdefault(row["prompt"]["id"], {**_facts(row), "verdict": "not denoised yet", "pairs": 0})
-            if verdict := verdicts.get(line["id"]):
+            if most is not None and len(seen) >= most:
+                break
+            seen.setdefault(row["prompt"]["id"], {**_facts(row), "verdict": "not denoised yet", "pairs": 0})
+        pairs = Counter(r["prompt_id"] for r in _rows(base / "5-pair") if r["prompt_id"] in seen)
+        for verdict in _rows(base / "4-denoise"):
+            if line := seen.get(verdict["prompt_id"]):
                 line["verdict"] = verdict["reason"] or ("kept" if pairs[line["id"]] else "below margin")
-            line["pairs"] += pairs[line["id"]]
+        for name, count in pairs.items():
+            seen[name]["pairs"] += count
     yield from seen.values()
     for row in _rows(run / "evaluation/before/2-judge"):
         yield {**_facts(row), "verdict": "held out", "pairs": 0}
@@ -81,9 +81,11 @@ def _facts(row: Row) -> dict[str, Any]:
 
 
 def details_of(run: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Everything about each prompt of these ids, in their order; stages are read side by side, a part at a time where they are in order."""
-    by_iteration = [(n, _Iteration(base)) for n, base in enumerate(iterations(run), 1)]
-    answers = {when: _Lookup(run / "evaluation" / when / "2-judge", lambda r: r["prompt"]["id"]) for when in ("before", "after")}
+    """Everything about each prompt of these ids that the run has, in their order; stages are read side by side, a part at a time where they
+    are in order."""
+    few = set(wanted)
+    by_iteration = [(n, _Iteration(base, few)) for n, base in enumerate(iterations(run), 1)]
+    answers = {when: _Lookup(run / "evaluation" / when / "2-judge", lambda r: r["prompt"]["id"], few) for when in ("before", "after")}
     for name in wanted:
         found: dict[str, Any] | None = None
         shown = []
@@ -93,8 +95,9 @@ def details_of(run: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
                 found = found or _whole(row)
                 shown.append({"number": number, **iteration.details(name, row)})
         said = {when: row for when, lookup in answers.items() if (row := lookup.get(name))}
-        if found is None:
-            found = _whole(next(iter(said.values())))
+        if found is None and not said:
+            continue
+        found = found or _whole(next(iter(said.values())))
         told = {when: [{"text": r["text"], "scores": r["scores"]} for r in row["candidates"]] for when, row in said.items()}
         yield {**found, "iterations": shown, "answers": told}
 
@@ -104,10 +107,10 @@ def _whole(row: Row) -> dict[str, Any]:
 
 
 class _Lookup:
-    """Rows of a stage by key; asked for in the stage's order, few of them are in memory at a time."""
+    """Rows of a stage by key, of those that are wanted; asked for in the stage's order, few of them are in memory at a time."""
 
-    def __init__(self, folder: Path, key: Callable[[Row], str]) -> None:
-        self._rows, self._key, self._ahead = _rows(folder), key, dict[str, Row]()
+    def __init__(self, folder: Path, key: Callable[[Row], str], wanted: Collection[str]) -> None:
+        self._rows, self._key, self._ahead = (r for r in _rows(folder) if key(r) in wanted), key, dict[str, Row]()
 
     def get(self, wanted: str) -> Row | None:
         if wanted in self._ahead:
@@ -120,14 +123,16 @@ class _Lookup:
 
 
 class _Iteration:
-    """The stages of one iteration, read side by side."""
+    """The stages of one iteration, read side by side; of pairs those of the prompts that are wanted."""
 
-    def __init__(self, base: Path) -> None:
-        self.groups = _Lookup(base / ("2-evaluate" if finished(base / "2-evaluate") else "1-sample"), lambda r: r["prompt"]["id"])
-        self._drafts = _Lookup(base / "3-refine", lambda r: r["prompt_id"])
-        self._verdicts = _Lookup(base / "4-denoise", lambda r: r["prompt_id"])
+    def __init__(self, base: Path, wanted: Collection[str]) -> None:
+        self.groups = _Lookup(base / ("2-evaluate" if finished(base / "2-evaluate") else "1-sample"), lambda r: r["prompt"]["id"], wanted)
+        self._drafts = _Lookup(base / "3-refine", lambda r: r["prompt_id"], wanted)
+        self._verdicts = _Lookup(base / "4-denoise", lambda r: r["prompt_id"], wanted)
         self._pairs: dict[str, list[Row]] = {}
         for r in _rows(base / "5-pair"):
+            if r["prompt_id"] not in wanted:
+                continue
             few = {k: r[k] for k in ("id", "margin", "weight", "decided_by")}
             self._pairs.setdefault(r["prompt_id"], []).append(few)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def write_report(run: Path) -> Path:
     summary = read_json(run / "summary.json")
     config, constitution = on_record(run)
     objectives = [o["name"] for o in constitution["objectives"]]
-    index = list(islice(prompt_index(run), PROMPTS + 1))
+    index = list(islice(prompt_index(run, PROMPTS + 1), PROMPTS + 1))
     more = f"; the first {PROMPTS:,} prompts" if len(index) > PROMPTS else ""
     index = index[:PROMPTS]
     data = {
@@ -47,20 +48,28 @@ def write_report(run: Path) -> Path:
 
 def _iteration(base: Path, objectives: list[str]) -> dict[str, Any]:
     paired, denoised, trained = (finished(base / name) for name in ("5-pair", "4-denoise", "6-train"))
-    verdicts = {r["prompt_id"]: r for r in denoised.rows()} if denoised else {}
+    kept, dets = set[str](), array("d")
+    for verdict in denoised.rows() if denoised else ():
+        if verdict["reason"] is None:
+            kept.add(verdict["prompt_id"])
+        if verdict["det"]:
+            dets.append(verdict["det"])
+    margins, weights = array("d"), array("d")
+    for pair in paired.rows() if paired else ():
+        margins.append(pair["margin"])
+        weights.append(pair["weight"])
     log = read_json(base / "6-train/log.json") or {}
-    pairs = list(paired.rows()) if paired else []
-    plane, sampled = _plane(base, objectives, verdicts)
+    plane, sampled = _plane(base, objectives, kept)
     facts = (denoised.manifest() or {}) if denoised else {}
     return {
         "funnel": (paired.manifest() or {})["funnel"] if paired else None,
         "consistency": _consistency(facts.get("consistency")),
         "plane": plane,
         "sampled": sampled,
-        "dets": _spread([v["det"] for v in verdicts.values() if v["det"]]),
+        "dets": _spread(dets),
         "tau": facts.get("tau"),
-        "margins": _spread([r["margin"] for r in pairs]),
-        "weights": _spread([r["weight"] for r in pairs]),
+        "margins": _spread(margins),
+        "weights": _spread(weights),
         "steps": log.get("steps", []),
         "collapsed": (trained.manifest() or {}).get("collapsed") if trained else None,
     }
@@ -73,25 +82,40 @@ def _consistency(found: Mapping[str, Mapping[str, int]] | None) -> str:
     return f"The consistency rule passes: {', '.join(told)}." if told else ""
 
 
-def _plane(base: Path, objectives: list[str], verdicts: Mapping[str, Any]) -> tuple[list[Any], str]:
+class _Points:
+    """Scores on the first two objectives, of responses that have both; two numbers each, however many there are."""
+
+    def __init__(self, objectives: list[str]) -> None:
+        self._objectives, self.x, self.y = objectives[:2], array("d"), array("d")
+
+    def add(self, response: Mapping[str, Any]) -> None:
+        s = response["scores"]
+        if all(o in s for o in self._objectives):
+            self.x.append(round(s[self._objectives[0]], 2))
+            self.y.append(round(s[self._objectives[1]], 2))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def spread(self) -> list[list[float]]:
+        return [list(point) for point in zip(_spread(self.x), _spread(self.y), strict=True)]
+
+
+def _plane(base: Path, objectives: list[str], kept: Collection[str]) -> tuple[list[Any], str]:
     """[name, colour, points] of dropped and kept candidates and of refined responses."""
-    kinds: dict[str, list[list[float]]] = {"candidates of dropped prompts": [], "candidates of kept prompts": [], "refined": []}
+    dropped, held, better = (_Points(objectives) for _ in range(3))
     scored, refined = finished(base / "2-evaluate"), finished(base / "3-refine")
     if len(objectives) < 2 or scored is None:
         return [], ""
-
-    def place(response: Mapping[str, Any]) -> list[float] | None:
-        s = response["scores"]
-        return [round(s[objectives[0]], 2), round(s[objectives[1]], 2)] if all(o in s for o in objectives[:2]) else None
-
     for row in scored.rows():
-        state = "kept" if verdicts.get(row["prompt"]["id"], {"reason": "?"})["reason"] is None else "dropped"
-        kinds[f"candidates of {state} prompts"] += [p for r in row["candidates"] if (p := place(r))]
+        for response in row["candidates"]:
+            (held if row["prompt"]["id"] in kept else dropped).add(response)
     for row in refined.rows() if refined else ():
-        kinds["refined"] += [p for r in row["refined"] if (p := place(r))]
-    most = max(map(len, kinds.values()))
-    colours = (3, 0, 2)
-    plane = [[name, colour, _spread(points)] for (name, points), colour in zip(kinds.items(), colours, strict=True) if points]
+        for response in row["refined"]:
+            better.add(response)
+    kinds = (("candidates of dropped prompts", 3, dropped), ("candidates of kept prompts", 0, held), ("refined", 2, better))
+    most = max(len(points) for _, _, points in kinds)
+    plane = [[name, colour, points.spread()] for name, colour, points in kinds if len(points)]
     return plane, f"at most {POINTS:,} of each kind, of up to {most:,}" if most > POINTS else ""
 
 
@@ -101,11 +125,13 @@ def _heldout(run: Path, objectives: list[str]) -> list[Any]:
         stage = finished(run / "evaluation" / when / "2-judge")
         if stage is None or len(objectives) < 2:
             return []
-        scores = [r["scores"] for row in stage.rows() for r in row["candidates"]]
-        points = [[round(s[objectives[0]], 2), round(s[objectives[1]], 2)] for s in scores if all(o in s for o in objectives[:2])]
-        out.append([when, colour, _spread(points)])
+        points = _Points(objectives)
+        for row in stage.rows():
+            for response in row["candidates"]:
+                points.add(response)
+        out.append([when, colour, points.spread()])
     return out
 
 
-def _spread(values: list[Any]) -> list[Any]:
-    return values if len(values) <= POINTS else [values[i * len(values) // POINTS] for i in range(POINTS)]
+def _spread(values: Sequence[float]) -> list[float]:
+    return list(values) if len(values) <= POINTS else [values[i * len(values) // POINTS] for i in range(POINTS)]
