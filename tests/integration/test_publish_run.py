@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from test_pipeline import engine, settings
 
 from spalign.config import config_from
@@ -50,3 +52,12 @@ def test_tensorboard_files_outlive_the_checkpoints(tmp_path, tiny_model):
     stage = config.folder / "iteration-1/6-train"
     assert not (stage / "checkpoints").exists()
     assert any(p.stat().st_size > 500 for p in (stage / "tensorboard").glob("events.*"))
+
+
+def test_a_single_step_is_no_warm_up(tmp_path, tiny_model):
+    config = settings(tmp_path, tiny_model, ["keep"] * 2, train={"epochs": 1, "learning_rate": 1e-5})
+    run(config, make_engine=engine, until="train")
+    (step,) = json.loads((config.folder / "iteration-1/6-train/log.json").read_text())["steps"]
+    assert step["learning_rate"] == pytest.approx(1e-5)
+    after, before = (load_file(next(Path(f).glob("*.safetensors"))) for f in (config.folder / "iteration-1/6-train/model", tiny_model))
+    assert any((after[name] != before[name]).any() for name in after.keys() & before.keys())

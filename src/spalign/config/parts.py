@@ -208,6 +208,7 @@ class TrainConfig(Part):
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the chosen responses' mean negative log-likelihood beside the pairs; 0.5 is what the lab (docs/lab.md) iterates with."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises from 0; a run of a single step has none."""
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     lora: LoraConfig | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -117,6 +118,8 @@ def _train(job: TrainJob, watch: Watch) -> dict[str, Any]:
         guard = CollapseGuard(lambda policy: _of_the_first(probe(policy)), before, train.guard)
         callbacks = [*tracker_callbacks(train.report_to), guard]
         trainer = SPATrainer(model, args, job.rows, tokenizer, peft_config=_lora(train.lora), callbacks=callbacks)
+    if math.ceil(train.epochs * math.ceil(len(trainer.train_dataset) / train.prompts_per_step)) == 1:
+        trainer.args.warmup_steps = 0  # the first step of a warm-up has a learning rate of 0: a single one would change nothing
     _fit(trainer, guard, job, watch)
     log = trainer.state.log_history
     return {
