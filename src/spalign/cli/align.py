@@ -137,6 +137,7 @@ _TRAINING = {
     "epochs": "train.epochs",
 }
 """Options of `estimate` that a run's configuration says, and where."""
+_FOR_A_RUN = {"tokens_per_second": "--tokens-per-second", "price": "--price", "set_": "--set"}
 
 
 @app.command("estimate")
@@ -221,9 +222,6 @@ def estimate_command(  # noqa: PLR0913, PLR0917  an option each
         typer.echo(json.dumps(found.as_dict()))
     else:
         show(found, Console())
-
-
-_FOR_A_RUN = {"tokens_per_second": "--tokens-per-second", "price": "--price", "set_": "--set"}
 
 
 def _given(context: typer.Context, name: str) -> bool:

@@ -228,9 +228,9 @@ def cost(config: ExperimentConfig) -> dict[str, Any]:
         objectives = len(base.constitution_for_run().objectives)
         for arm in dict.fromkeys([DATA_ARM, *arms]):
             own = config.run_of(policy, data, seed, arm, folder)
-            total["trainings"] += own.iterations if arm in arms and config.measure == "judge" else 0
-            judged = config.measure == "judge"
-            per_prompt = responses_a_prompt(own) if judged else own.sample.n
+            trained = config.measure == "judge"
+            total["trainings"] += own.iterations if arm in arms and trained else 0
+            per_prompt = responses_a_prompt(own) if trained else own.sample.n
             alike = arm != DATA_ARM and all(getattr(own, p) == getattr(base, p) for p in ("sample", "prompts", "refine", "new_prompts"))
             each = prompts_in(own.prompts.train, own.prompts)
             prompts = sampled_prompts(own, each)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
@@ -82,15 +80,12 @@ def export(run: Path, out: Path, *, to: str = "trl", iteration: int | None = Non
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out}: exists and is not an empty folder", hint="name a new folder; nothing is overwritten")
         out.parent.mkdir(parents=True, exist_ok=True)
-        half = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        file, count = _write(map(_AS[to], rows), half, to)
-        write_atomic(half / "README.md", _card(*told, name, stage.manifest() or {}, to, file, count).encode("utf-8", "replace"))
-        with clear_errors(out):
-            half.chmod(0o777 & ~_umask())
+        with tempfile.TemporaryDirectory(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent) as beside:
+            half = Path(beside) / "data"
+            half.mkdir()
+            file, count = _write(map(_AS[to], rows), half, to)
+            write_atomic(half / "README.md", _card(*told, name, stage.manifest() or {}, to, file, count).encode("utf-8", "replace"))
             half.replace(out)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
     return out / file, count
 
 
@@ -99,13 +94,6 @@ def _rows_of(stage: Stage) -> Iterator[Row] | None:
     rows = stage.rows()
     first = next(rows, None)
     return None if first is None else chain([first], rows)
-
-
-def _umask() -> int:
-    """What a folder made here is allowed: mkdtemp's own are for the user alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write(rows: Iterator[Row], out: Path, to: str) -> tuple[str, int]:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import yaml
 
 from spalign import prompts as prompt_sets
-from spalign.config import RunConfig
+from spalign.config import PromptSource, RunConfig
+from spalign.constitution import Constitution
 from spalign.engines.base import Engine, EngineFailed
 from spalign.engines.make import identify, load_engine, weights_of
 from spalign.errors import ConfigError, EngineError, RunFolderError
@@ -236,6 +237,18 @@ def _check_policy(config: RunConfig) -> None:
         )
 
 
+def prompts_of(config: RunConfig, source: PromptSource, ui: Progress) -> list[Prompt]:
+    """The prompts of one of the run's sets; what was left out of them is said. Raises PromptError."""
+    return prompt_sets.load_prompts(source, config.prompts, note=lambda text: ui.line(f"note: {text}", style="yellow"))
+
+
+def note_candidates(config: RunConfig, constitution: Constitution, ui: Progress) -> None:
+    """Say where there are too few candidates for a covariance."""
+    n, k = config.sample.n, len(constitution.objectives)
+    if n <= k:
+        ui.line(f"note: {n} candidates on {k} objectives always have det(Sigma) = 0; raise sample.n", style="yellow")
+
+
 def check_prompts(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
     """Raises SpalignError where the sets overlap, or `new_prompts` has fewer of them than iterations."""
     prompt_sets.check_disjoint(train, heldout)
@@ -251,16 +264,9 @@ def prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) 
     for check in checks_of(config):
         check()
     constitution = config.constitution_for_run()
-    train, heldout = (
-        prompt_sets.load_prompts(source, config.prompts, note=lambda text: ui.line(f"note: {text}", style="yellow"))
-        for source in (config.prompts.train, config.prompts.heldout)
-    )
+    train, heldout = (prompts_of(config, source, ui) for source in (config.prompts.train, config.prompts.heldout))
     check_prompts(config, train, heldout)
-    if config.sample.n <= len(constitution.objectives):
-        ui.line(
-            f"note: {config.sample.n} candidates on {len(constitution.objectives)} objectives always have det(Sigma) = 0; raise sample.n",
-            style="yellow",
-        )
+    note_candidates(config, constitution, ui)
 
     def own(name: str) -> Engine:
         return load_engine(name, config.engine if name == config.model else config.engine.here())  # what the run made, no server has

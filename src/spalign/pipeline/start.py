@@ -12,8 +12,7 @@ from spalign.config import RunConfig
 from spalign.engines.models import locate
 from spalign.errors import ConfigError, SpalignError
 from spalign.pipeline.judging import to_check
-from spalign.pipeline.run import check_prompts, checks_of, prepare
-from spalign.prompts import load_prompts
+from spalign.pipeline.run import check_prompts, checks_of, note_candidates, prompts_of
 from spalign.report import Progress
 from spalign.selfeval import load_judge, load_labelled
 from spalign.store import clear_errors, write_atomic
@@ -50,7 +49,7 @@ def init(config: Path, *, model: str, train: str, heldout: str, constitution: st
     if not shipped.is_file():
         raise ConfigError(f"no constitution '{constitution}' to begin with", hint="harmless_helpful or honest_helpful")
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in config.stem).strip("._-") or "run"
-    said = {key: _quoted(value) for key, value in (("model", model), ("train", train), ("heldout", heldout), ("constitution", str(own)))}
+    said = {key: _as_yaml(value) for key, value in (("model", model), ("train", train), ("heldout", heldout), ("constitution", str(own)))}
     with clear_errors(config):
         config.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(own, shipped.read_bytes())
@@ -58,7 +57,7 @@ def init(config: Path, *, model: str, train: str, heldout: str, constitution: st
     return [config, own]
 
 
-def _quoted(text: str) -> str:
+def _as_yaml(text: str) -> str:
     import json
 
     return json.dumps(text, ensure_ascii=False)
@@ -81,7 +80,7 @@ def validate(config: RunConfig, ui: Progress) -> dict[str, Any]:
     looks: list[Callable[[], Any]] = [*checks_of(config), partial(_judging, config), *(partial(locate, name) for name in _models(config))]
     for look in looks:
         seen(look)
-    train, heldout = (seen(partial(load_prompts, source, config.prompts)) for source in (config.prompts.train, config.prompts.heldout))
+    train, heldout = (seen(partial(prompts_of, config, source, ui)) or [] for source in (config.prompts.train, config.prompts.heldout))
     if train and heldout:
         seen(partial(check_prompts, config, train, heldout))
     mistakes = list({str(e): e for e in mistakes}.values())  # recipes share a constitution
@@ -89,11 +88,12 @@ def validate(config: RunConfig, ui: Progress) -> dict[str, Any]:
         raise ConfigError(f"{len(mistakes)} mistakes:\n" + "\n".join(f"- {e}" for e in mistakes))
     if mistakes:
         raise mistakes[0]
-    context = prepare(config, ui, None)
+    constitution = config.constitution_for_run()
+    note_candidates(config, constitution, ui)
     return {
-        "train": len(context.train_prompts),
-        "heldout": len(context.heldout_prompts),
-        "objectives": list(context.constitution.objective_names),
+        "train": len(train),
+        "heldout": len(heldout),
+        "objectives": list(constitution.objective_names),
         "folder": str(config.folder),
     }
 
