@@ -6,121 +6,46 @@ it, nor how often one was lost. Parts of a stage are done side by side, one a wo
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import os
-import queue
 import re
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from spalign.config import EngineConfig
-from spalign.engines.base import Ask, Capability, Completion, Engine, GenerateRequest, only
+from spalign.engines.base import Ask, Capability, Completion, GenerateRequest, only
 from spalign.engines.loading import load_tokens
+from spalign.engines.ray_pool import TRIES, Pool
 from spalign.engines.tokens import TokenEngine
-from spalign.errors import EngineError, SpalignError
+from spalign.errors import EngineError
 from spalign.text import printable, shorten
-
-T = TypeVar("T")
-_TRIES = 3
-"""How many workers a call may lose before it is taken to be its fault."""
-_PATIENCE = 600.0
-"""Seconds in which a cluster that lacks room for a worker may make some, as those that grow by themselves do."""
-
-
-class Worker:
-    """What runs in the cluster: an engine, loaded at the first call, also after the process was lost and started again."""
-
-    def __init__(self, name: str, config: EngineConfig) -> None:
-        self._name, self._config = name, config
-        self._engine: Engine | None = None
-
-    def up(self) -> None:
-        """Answered when the process is there; nothing is loaded."""
-
-    def _ready(self) -> Engine:
-        from spalign.engines.make import load_engine
-
-        if self._engine is None:
-            self._engine = load_engine(self._name, self._config)
-        return self._engine
-
-    def window(self) -> int:
-        return self._ready().window
-
-    def call(self, verb: str, *arguments: Any) -> Any:
-        return getattr(self._ready(), verb)(*arguments)
-
-    def batches(self, requests: Sequence[GenerateRequest]) -> list[list[tuple[int, int]]]:
-        """As `Batching.batches`, with places among the requests in place of requests."""
-        place = {r.id: n for n, r in enumerate(requests)}
-        engine: Any = self._ready()
-        return [[(place[r.id], i) for r, i in batch] for batch in engine.batches(requests)]
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
-        yield from self._ready().generate(requests)
 
 
 class RayEngine(TokenEngine):
-    """Workers that are lost are started again, elsewhere where need be, and what they had in hand is done by the next free one.
-
-    lost: how often that happened.
-    """
+    """`width` workers of a `Pool`; more than the cluster has room for by now join when it has."""
 
     name = "ray"
+    batching = False
 
     def __init__(self, name: str, config: EngineConfig) -> None:
-        """Raises ModelError or EngineError with what to do: no such model, no cluster there, no room for the workers in it."""
-        ray = self._ray = _ray()
+        """Raises ModelError or EngineError with what to do: no such model, no cluster there, no room for a worker in it."""
         self.capabilities = _capabilities(config)
         self.tokens, _ = load_tokens(name, config)
         own = _connect(config)
         self.width, needs = _layout(config, own=own)
-        there = config.in_worker()
-        make = ray.remote(Worker).options(max_restarts=-1, max_task_retries=0, **needs)
-        self._workers: list[Any] = [make.remote(name, there) for _ in range(self.width)]
-        self._idle: queue.SimpleQueue[Any | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
-        self.lost = 0
+        self._pool = Pool(name, config.in_worker(), self.width, needs, lambda n: _lack(_ray().cluster_resources(), n, needs))
         try:
-            self._window = min(self._start(needs))
+            self._window: int = next(self._pool.ask("window", times=self.width))
         except BaseException:
             self.close()
             raise
-        for worker in self._workers:
-            self._idle.put(worker)
-
-    def _start(self, needs: dict[str, float]) -> list[int]:
-        """The workers' windows, when all have loaded their model."""
-        ray = self._ray
-        up, deadline = [w.up.remote() for w in self._workers], time.monotonic() + _PATIENCE
-        while up:  # all have a process of their own: what the cluster has to give
-            done, up = ray.wait(up, num_returns=len(up), timeout=1.0)
-            for ref in done:
-                with self._told():
-                    ray.get(ref)
-            if up and time.monotonic() > deadline:
-                there = _lack(ray.cluster_resources(), self.width, needs) or "others may use the cluster"
-                raise EngineError(
-                    f"only {self.width - len(up)} of {self.width} workers started within {_PATIENCE:g} s: {there}",
-                    hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or add nodes",
-                )
-        with self._told():
-            return list(ray.get([w.window.remote() for w in self._workers]))
 
     def close(self) -> None:
         """End the workers and give their memory back; calls under way fail."""
-        self._closed.set()
-        for worker in self._workers:
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                self._ray.kill(worker, no_restart=True)
-        for _ in self._workers:
-            self._idle.put(None)  # whoever waits for a worker
+        self._pool.close()
 
     @property
     def window(self) -> int:
@@ -128,119 +53,35 @@ class RayEngine(TokenEngine):
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
         missing = {(r.id, i) for r in requests for i in range(len(r.seeds))}
-        for attempt in range(1, _TRIES + 1):
-            with self._worker(last=attempt == _TRIES) as worker:
-                # what a batch gave depends on what ran beside it: there it runs again as it was
-                remote = partial(self._stream, worker)
-                for completion in remote(requests) if self.batching else only(remote, requests, missing):
-                    key = (completion.request_id, completion.index)
-                    if key in missing:
-                        missing.remove(key)
-                        yield completion
+        for _ in range(TRIES):
+            # what a batch gave depends on what ran beside it: there it runs again as it was
+            for completion in self._stream(requests) if self.batching else only(self._stream, requests, missing):
+                key = (completion.request_id, completion.index)
+                if key in missing:
+                    missing.remove(key)
+                    yield completion
+            if not missing:
                 return
+        raise EngineError(f"{len(missing)} completions did not come back from the Ray workers", hint="the same command goes on")
 
-    batching = False
-
-    def _stream(self, worker: Any, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
-        """The worker's `generate`, completion by completion."""
-        for ref in worker.generate.options(num_returns="streaming").remote(requests):
-            yield self._ray.get(ref)
+    def _stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
+        """A worker's `generate`. After one that was lost, another order of completions may leave some out and bring others twice."""
+        return self._pool.ask("generate", requests)
 
     def choice_logprobs(self, asks: Sequence[Ask], choices: Sequence[str]) -> list[tuple[float, ...] | None]:
-        return self._call("choice_logprobs", asks, choices)
+        return self._score("choice_logprobs", asks, choices)
 
     def loglikelihood(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, ...] | None]:
-        return self._call("loglikelihood", requests)
+        return self._score("loglikelihood", requests)
 
     def representations(
         self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], depths: Sequence[float]
     ) -> list[tuple[float, ...] | None]:
-        return self._call("representations", requests, depths)
+        return self._score("representations", requests, depths)
 
-    def _call(self, verb: str, *arguments: Any) -> list[tuple[float, ...] | None]:
-        def ask(worker: Any) -> list[tuple[float, ...] | None]:
-            found: list[tuple[float, ...] | None] = self._ray.get(worker.call.remote(verb, *arguments))
-            return found
-
-        return self._retried(ask)
-
-    def _retried(self, do: Callable[[Any], T]) -> T:
-        for attempt in range(1, _TRIES + 1):
-            with self._worker(last=attempt == _TRIES) as worker:
-                return do(worker)
-        raise AssertionError  # the last one raises
-
-    @contextlib.contextmanager
-    def _worker(self, *, last: bool) -> Iterator[Any]:
-        """A free worker, given back afterwards. Where it is lost within, that is told only the last time."""
-        worker = None if self._closed.is_set() else self._idle.get()
-        if worker is None:
-            raise EngineError("the Ray engine was closed", hint="make a new one")
-        lost = False
-        try:
-            with self._told():
-                yield worker
-        except _Lost as e:
-            lost = True
-            self.lost += 1
-            if self._closed.is_set():
-                raise EngineError("the Ray engine was closed", hint="make a new one") from None
-            if last:
-                raise EngineError(
-                    f"{_TRIES} workers were lost on the same call: {shorten(printable(' '.join(str(e).split())), 300)}",
-                    hint="short of memory? lower engine.batch_size or give a worker more; ray's own logs of the workers say more",
-                ) from e
-        finally:
-            if lost:
-                threading.Thread(target=self._revive, args=(worker,), daemon=True).start()
-            else:
-                self._idle.put(worker)
-
-    def _revive(self, worker: Any) -> None:
-        """Give it back when it is there again, or when it cannot be had: what is wrong with it then, the next call says."""
-        ray = self._ray
-        for _ in range(_TRIES):
-            deadline = time.monotonic() + _PATIENCE
-            with contextlib.suppress(Exception):  # a time-out among them
-                while not self._closed.is_set() and (left := deadline - time.monotonic()) > 0:
-                    try:
-                        ray.get(worker.up.remote(), timeout=left)
-                        break
-                    except ray.exceptions.ActorUnavailableError:  # on its way
-                        time.sleep(0.2)
-            try:
-                ray.get(worker.window.remote())
-                break
-            except ray.exceptions.ActorUnavailableError:  # it was lost again while it loaded its model
-                continue
-            except Exception:
-                break
-        if not self._closed.is_set():
-            self._idle.put(worker)
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Ray's errors as ours; _Lost where the worker is gone."""
-        errors = self._ray.exceptions
-        try:
-            yield
-        except (
-            errors.RayActorError,
-            errors.NodeDiedError,
-            errors.ObjectLostError,
-            errors.WorkerCrashedError,
-            errors.OutOfMemoryError,
-        ) as e:
-            raise _Lost(str(e)) from e
-        except errors.RayTaskError as e:
-            if isinstance(e.cause, SpalignError):
-                raise e.cause from None
-            raise EngineError(
-                f"a worker failed: {type(e.cause).__name__}: {shorten(printable(' '.join(str(e.cause).split())), 500)}",
-                hint="ray's own logs of the workers say more; engine.kind=transformers or vllm runs the same here",
-            ) from e
-        except errors.RayError as e:
-            raise EngineError(f"Ray failed: {shorten(printable(' '.join(str(e).split())), 300)}", hint="is the cluster still there?") from e
+    def _score(self, verb: str, *arguments: Any) -> list[tuple[float, ...] | None]:
+        (found,) = self._pool.ask("score", verb, *arguments)
+        return list(found)
 
 
 class BatchingRayEngine(RayEngine):
@@ -249,12 +90,8 @@ class BatchingRayEngine(RayEngine):
     batching = True
 
     def batches(self, requests: Sequence[GenerateRequest]) -> list[list[tuple[GenerateRequest, int]]]:
-        places = self._retried(lambda worker: self._ray.get(worker.batches.remote(requests)))
+        (places,) = self._pool.ask("batches", requests)
         return [[(requests[n], i) for n, i in batch] for batch in places]
-
-
-class _Lost(Exception):
-    """The worker is gone, and the call with it."""
 
 
 def _ray() -> Any:
@@ -293,6 +130,7 @@ def _connect(config: EngineConfig) -> bool:
     if ray.is_initialized():
         return _started_here.is_set()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters of it is raised as an exception as well
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     address = config.address or os.environ.get("RAY_ADDRESS")
     if not address:
