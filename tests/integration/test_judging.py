@@ -224,10 +224,13 @@ def test_an_objective_without_labelled_answers_is_refused_at_once(tmp_path, tiny
 
 
 def test_a_reference_judge_scores_the_same_candidates_and_is_compared(tmp_path, tiny_model):
-    config = settings(tmp_path, tiny_model, reference_judge=str(tiny_model))
+    itself = settings(tmp_path, tiny_model, reference_judge=str(tiny_model))
+    with pytest.raises(ConfigError, match="is the judge itself, and would agree with itself\n  fix: name another model"):
+        agree(itself, make_engine=lambda _: ScriptedEngine(reply, sees))
+    config = settings(tmp_path, tiny_model, scorer="yes_no", reference_judge=str(tiny_model), reference_scorer="yes_no_zero")
     found = agree(config, make_engine=lambda _: ScriptedEngine(reply, sees))
     assert found["reference"] == str(tiny_model)
     assert not (config.folder / "iteration-1/3-refine").exists(), "only what it takes"
     mine, theirs = (scored(config, f"iteration-1/{w}2-evaluate") for w in ("", "reference/"))
     assert [[c["id"] for c in g] for g in mine] == [[c["id"] for c in g] for g in theirs]
-    assert mine == theirs, "the same model asked in the same way"
+    assert {r["judgement"]["scorer"] for r in judge_rows(config, "iteration-1/reference/0-judge").values()} == {"yes_no_zero"}

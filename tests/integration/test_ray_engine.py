@@ -169,7 +169,7 @@ def test_what_does_not_fit_or_is_not_there_is_told_at_once(pool: RayEngine, tiny
 
 
 def test_a_cluster_that_runs_here_is_another_s_and_without_room_it_is_an_error(pool: RayEngine, tiny_model: Path):
-    """Its room is its owner's: who names no cluster starts one of their own. There, a worker gets time to find room, and then the reason."""
+    """Its room is its owner's: who names no cluster starts one of their own. Workers get time to find room in it, and then the reason."""
     ray = pytest.importorskip("ray")
     program = f"""
 import ray

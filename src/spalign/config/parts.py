@@ -91,9 +91,15 @@ class SelfEvaluationConfig(Part):
     """Go on where the lower bound of the judge's AUC is under 0.6."""
     reference_judge: str | None = None
     """A second model that scores the first iteration's candidates too: agreement and RV coefficient, nothing else."""
+    reference_scorer: Scorer | dict[str, Scorer] | None = None
+    """How `reference_judge` scores; default: as `scorer` says."""
 
     def scorer_of(self, objective: str) -> Scorer:
         return self.scorer[objective] if isinstance(self.scorer, dict) else self.scorer
+
+    def of_reference(self) -> SelfEvaluationConfig:
+        """How `reference_judge` scores: checked anew, and taken as it is."""
+        return self.model_copy(update={"scorer": self.reference_scorer or self.scorer, "judge_file": None, "allow_weak_judge": True})
 
 
 class RefineConfig(Part):

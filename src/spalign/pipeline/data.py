@@ -130,10 +130,9 @@ def _from_candidates(run: Context, base: str, policy: Policy, judging: Judging, 
 
 
 def reference_steps(run: Context, base: str, sampled: Stage) -> list[Step]:
-    """The same candidates scored by the reference judge, in its own best way: what the run's judge is compared with."""
+    """The same candidates scored by the reference judge: what the run's judge is compared with."""
     assert run.reference_judge is not None
-    own = run.config.self_evaluation
-    config = run.config.model_copy(update={"self_evaluation": own.model_copy(update={"judge_file": None, "allow_weak_judge": True})})
+    config = run.config.model_copy(update={"self_evaluation": run.config.self_evaluation.of_reference()})
     there = f"{base}/reference"
     judging, checked = judging_step(run, there, run.reference_judge, config, first=True, judge=run.reference_judge)
     return [*checked, evaluate_step(run, there, judging, config, sampled)]

@@ -121,6 +121,11 @@ def _plan(run: Context) -> tuple[list[Step], list[Policy], Judging]:
     policy = frozen = Policy(model, identify(model, engine), run.make_engine, served=engine.served, weights=weights)
     run.named_judge = _other(run, own.judge, policy)
     run.reference_judge = _other(run, own.reference_judge, policy)
+    if run.reference_judge and _alike(run.reference_judge, run.named_judge or policy) and own.reference_scorer in (None, own.scorer):
+        raise ConfigError(
+            f"self_evaluation.reference_judge: '{own.reference_judge}' is the judge itself, and would agree with itself",
+            hint="name another model, or another way for it to score: self_evaluation.reference_scorer",
+        )
     steps: list[Step] = []
     first: Judging | None = None
     start, policies = policy, [policy]
@@ -153,6 +158,10 @@ def _other(run: Context, name: str | None, policy: Policy) -> Policy | None:
     return Policy(name, found, run.make_judge, served=engine.served)
 
 
+def _alike(one: Policy, other: Policy) -> bool:
+    return one is other or one.digest == other.digest
+
+
 def _greet(run: Context, policy: Policy, steps: Sequence[Step]) -> None:
     """Before anything is asked of them: served models answer, and can do what is named. Nothing where all is done."""
     if all(s.stage.manifest() is not None for s in steps):
@@ -163,7 +172,9 @@ def _greet(run: Context, policy: Policy, steps: Sequence[Step]) -> None:
     if policy.served:
         policy.engine.encode_chat((Message("user", "Hello"),))  # training needs the tokenizer
     if run.reference_judge and run.reference_judge.served:  # it is asked last
-        check_askable(run.reference_judge.engine.inner, run.objectives, scorers_of(run.objectives, run.config.self_evaluation))
+        check_askable(
+            run.reference_judge.engine.inner, run.objectives, scorers_of(run.objectives, run.config.self_evaluation.of_reference())
+        )
 
 
 def _do(steps: Sequence[Step], run: Context) -> bool:
