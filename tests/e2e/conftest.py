@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07 [red]red[/red] [/foo] \u202eright to left"
 """Clears a terminal, renames its window, is broken rich markup, and turns the direction of text."""
@@ -113,6 +114,12 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory, lay_out: Callable[..., Path], spalign: Callable[..., Done]) -> Reference:
-    """One uninterrupted run."""
-    folder = lay_out(tmp_path_factory.mktemp("reference") / "here")
-    return Reference(folder, spalign(folder, "run", "run.yaml"))
+    """One uninterrupted run, made by the first of pytest's workers that needs it."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "reference"
+    folder, outcome = root / "here", root / "done.json"
+    with FileLock(f"{root}.lock"):
+        if not outcome.exists():
+            done = spalign(lay_out(folder), "run", "run.yaml")
+            outcome.write_text(json.dumps(asdict(done)))
+    return Reference(folder, Done(**json.loads(outcome.read_text())))

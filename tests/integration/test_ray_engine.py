@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -50,14 +51,18 @@ def by_place(completions: list[Completion]) -> dict[tuple[str, int], Completion]
     return found
 
 
-def workers() -> list[int]:
-    """Processes of the cluster that this process started, in which a worker runs."""
+def processes(title: str) -> list[int]:
+    """Of the cluster that this process started."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ends just now
-            if "ray::MapWorker" in " ".join(process.cmdline()):
+            if title in " ".join(process.cmdline()):
                 found.append(process.pid)
     return found
+
+
+def workers() -> list[int]:
+    return processes("ray::MapWorker")
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +146,46 @@ def test_parts_are_those_of_the_local_run_though_a_worker_is_killed_in_the_middl
 
 
 def test_a_batch_that_lost_its_worker_runs_again_as_it_was(pool: RayEngine, plain: TransformersEngine):
-    asked, got = requests(100, 20, limit=200), []
+    asked, got, arrived = requests(100, 20, limit=200), [], []
     for completion in pool.generate(asked):
         got.append(completion)
+        arrived.append(time.monotonic())
         if len(got) == 7:
-            busy = max(workers(), key=lambda pid: psutil.Process(pid).cpu_percent(0.1))
-            os.kill(busy, signal.SIGKILL)
+            for pid in workers():  # the one that has the call among them
+                os.kill(pid, signal.SIGKILL)
     assert by_place(got) == by_place(list(plain.generate(asked)))
+    assert max(b - a for a, b in pairwise(arrived)) > 1, "the rest came from a worker that had to start"
+
+
+def test_calls_go_on_though_the_process_that_brings_them_in_is_lost(pool: RayEngine, plain: TransformersEngine):
+    asked = requests(200, 2)
+    assert len(by_place(list(pool.generate(asked)))) == 4
+    for pid in processes("ray::MapBatches(come_in)"):
+        os.kill(pid, signal.SIGKILL)
+    for _ in range(2):
+        assert by_place(list(pool.generate(asked))) == by_place(list(plain.generate(asked)))
+
+
+def test_another_does_what_a_lost_worker_had_that_does_not_come_back(pool: RayEngine, plain: TransformersEngine, monkeypatch):
+    """Stopped, it is not heard of, as one whose node is gone."""
+    monkeypatch.setattr("spalign.engines.ray_pool.LOST", 8.0)
+    asked, got, stopped = requests(300, 20, limit=200), [], 0
+    try:
+        for completion in pool.generate(asked):
+            got.append(completion)
+            if len(got) == 7:
+                stopped = max(workers(), key=lambda pid: psutil.Process(pid).cpu_percent(0.2))
+                os.kill(stopped, signal.SIGSTOP)
+        assert by_place(got) == by_place(list(plain.generate(asked)))
+    finally:
+        if stopped:
+            os.kill(stopped, signal.SIGCONT)
+
+
+def test_completions_come_one_by_one(pool: RayEngine):
+    began = time.monotonic()
+    arrived = [time.monotonic() - began for _ in pool.generate(requests(0, 30, limit=300))]
+    assert arrived[0] < 0.5 * arrived[-1]
 
 
 def test_what_a_worker_refuses_is_said_as_it_is_here(pool: RayEngine, plain: TransformersEngine):
@@ -161,7 +199,8 @@ def test_what_a_worker_refuses_is_said_as_it_is_here(pool: RayEngine, plain: Tra
 
 def test_what_does_not_fit_or_is_not_there_is_told_at_once(pool: RayEngine, tiny_model: Path):
     with pytest.raises(
-        EngineError, match=r"99 workers of 1 CPUs each do not fit into a Ray cluster of \d+ CPUs\n  fix: lower engine.workers"
+        EngineError,
+        match=r"99 workers of 1 CPUs each do not fit into the 0 CPUs that .* beside the policy's workers\n  fix: lower engine.workers",
     ):
         load_engine(str(tiny_model), POOL.model_copy(update={"workers": 99}))
     with pytest.raises(ModelError, match="no-such-model"):
@@ -188,7 +227,7 @@ load_engine({str(tiny_model)!r}, config)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout.split()[0] != ray.get_runtime_context().gcs_address, done.stderr
-    assert "EngineError: none of 2 workers started within 2 s: others may use the cluster" in done.stderr
+    assert "EngineError: none of 2 workers could be had for 2 s: the cluster has no room, or others use it" in done.stderr
 
 
 def test_a_closed_pool_says_so_and_its_processes_are_gone(tiny_model: Path, pool: RayEngine):
@@ -215,13 +254,13 @@ def test_a_call_that_loses_every_worker_ends_with_an_error(tiny_model: Path, mon
 
 
 def test_an_address_without_a_cluster_is_an_error(tiny_model: Path):
-    addresses = ["127.0.0.1:1", "ray://127.0.0.1:1", "no such place", "\x1b[2J:70000"]
+    addresses = ["127.0.0.1:1", "no such place", "\x1b[2J:70000"]
     program = f"""
 import sys
 from spalign.config import EngineConfig
 from spalign.engines.make import load_engine
 from spalign.errors import EngineError
-for address in {addresses!r}:
+for address in {[*addresses, "ray://127.0.0.1:1"]!r}:
     try:
         load_engine({str(tiny_model)!r}, EngineConfig(kind="ray", device="cpu", address=address))
     except EngineError as e:
@@ -230,6 +269,7 @@ for address in {addresses!r}:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     for address in addresses:
         assert f"no Ray cluster at '{printable(address)}'" in done.stdout, done.stderr
+    assert "'ray://127.0.0.1:1' is for Ray's client" in done.stdout
 
 
 @pytest.mark.parametrize("setting", ["workers", "worker", "worker_cpus", "worker_gpus", "address"])

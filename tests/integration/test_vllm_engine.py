@@ -398,8 +398,8 @@ def test_calls_that_are_forgotten_in_the_middle_end_in_whatever_thread_finds_the
 
 
 @pytest.mark.parametrize("how", ["killed", "closed"])
-def test_every_thread_learns_why_it_ended(endless_model: Path, how: str) -> None:
-    engine = VLLMEngine(str(endless_model), EXACT)
+def test_every_thread_learns_why_it_ended(endless: VLLMEngine, endless_model: Path, how: str) -> None:
+    engine = endless if how == "killed" else VLLMEngine(str(endless_model), EXACT)  # nobody needs the shared one after this
     with ThreadPoolExecutor(3) as threads:
         calls = [threads.submit(list, engine.generate(requests_for(["a"], sampling=Sampling(0.01, 1.0, 2000)))) for _ in range(3)]
         deadline = time.monotonic() + 60

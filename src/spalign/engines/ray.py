@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,8 +36,9 @@ class RayEngine(TokenEngine):
         self.capabilities = _capabilities(config)
         self.tokens, _ = load_tokens(name, config)
         own = _connect(config)
-        self.width, needs = _layout(config, own=own)
-        self._pool = Pool(name, config.in_worker(), self.width, needs, lambda n: _lack(_ray().cluster_resources(), n, needs))
+        self.width, self._needs = _layout(config, own=own)
+        self._pool = Pool(name, config.in_worker(), self.width, self._needs)
+        _open.add(self)
         try:
             self._window: int = next(self._pool.ask("window", times=self.width))
         except BaseException:
@@ -46,6 +48,7 @@ class RayEngine(TokenEngine):
     def close(self) -> None:
         """End the workers and give their memory back; calls under way fail."""
         self._pool.close()
+        _open.discard(self)
 
     @property
     def window(self) -> int:
@@ -80,8 +83,7 @@ class RayEngine(TokenEngine):
         return self._score("representations", requests, depths)
 
     def _score(self, verb: str, *arguments: Any) -> list[tuple[float, ...] | None]:
-        (found,) = self._pool.ask("score", verb, *arguments)
-        return list(found)
+        return list(next(self._pool.ask("score", verb, *arguments)))
 
 
 class BatchingRayEngine(RayEngine):
@@ -90,8 +92,12 @@ class BatchingRayEngine(RayEngine):
     batching = True
 
     def batches(self, requests: Sequence[GenerateRequest]) -> list[list[tuple[GenerateRequest, int]]]:
-        (places,) = self._pool.ask("batches", requests)
+        places = next(self._pool.ask("batches", requests))
         return [[(requests[n], i) for n, i in batch] for batch in places]
+
+
+_open: weakref.WeakSet[RayEngine] = weakref.WeakSet()
+"""Engines of this process that have workers: a judge of its own has them beside the policy's."""
 
 
 def _ray() -> Any:
@@ -137,8 +143,13 @@ def _connect(config: EngineConfig) -> bool:
         ray.init(address="local", include_dashboard=False, **quiet)
         _started_here.set()
         return True
+    if address.startswith("ray://"):
+        raise EngineError(
+            f"engine.address or RAY_ADDRESS '{shorten(printable(address), 100)}' is for Ray's client, which hands nothing on one by one",
+            hint="run the command on a node of the cluster, with the address of its head, for example head:6379, or auto",
+        )
     try:
-        if host_port := re.fullmatch(r"(?:ray://)?(\[?[^/]*?\]?):(\d+)", address):  # ray tries for a minute, and then ends the process
+        if host_port := re.fullmatch(r"(\[?[^/]*?\]?):(\d+)", address):  # ray tries for a minute, and then ends the process
             socket.create_connection((host_port[1].strip("[]"), int(host_port[2])), timeout=10).close()
         ray.init(address=address, **quiet)
     except Exception as e:  # ConnectionError, and others for an address that is none
@@ -155,8 +166,11 @@ _started_here = threading.Event()
 def _layout(config: EngineConfig, *, own: bool) -> tuple[int, dict[str, float]]:
     """How many workers, and what each of them takes of the cluster; by default one a GPU, without GPUs one a node."""
     ray = _ray()
-    there = ray.cluster_resources()
-    on_gpu = there.get("GPU", 0) > 0 and config.device != "cpu"
+    there = dict(ray.cluster_resources())
+    for engine in _open:
+        for kind, name in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            there[kind] = there.get(kind, 0) - engine.width * engine._needs[name]
+    on_gpu = ray.cluster_resources().get("GPU", 0) > 0 and config.device != "cpu"
     gpus = config.worker_gpus if config.worker_gpus is not None else float(on_gpu)
     nodes = max(1, sum(n["Alive"] for n in ray.nodes()))
     cpus = config.worker_cpus
@@ -165,8 +179,10 @@ def _layout(config: EngineConfig, *, own: bool) -> tuple[int, dict[str, float]]:
         cpus = 1.0 if gpus else max(1.0, math.floor(there.get("CPU", 1) / max(count, nodes)))
     needs = {"num_cpus": cpus, "num_gpus": gpus}
     if own and (lack := _lack(there, count, needs)):  # it will not grow
+        beside = " beside the policy's workers" if _open else ""
         raise EngineError(
-            lack, hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or name a cluster: engine.address"
+            f"{lack}{beside}",
+            hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or name a larger cluster: engine.address",
         )
     return count, needs
 
@@ -175,5 +191,6 @@ def _lack(there: dict[str, float], count: int, needs: dict[str, float]) -> str:
     """What the cluster lacks for so many workers, in words; empty: nothing."""
     for kind, name in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         if count * needs[name] > there.get(kind, 0):
-            return f"{count} workers of {needs[name]:g} {kind}s each do not fit into a Ray cluster of {there.get(kind, 0):g} {kind}s"
+            free = there.get(kind, 0)
+            return f"{count} workers of {needs[name]:g} {kind}s each do not fit into the {free:g} {kind}s that the Ray cluster has free"
     return ""

@@ -7,6 +7,7 @@ elsewhere where need be, and do again what they had in hand.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import logging
@@ -15,7 +16,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spalign.config import EngineConfig
@@ -27,62 +28,114 @@ TRIES = 3
 """How many workers a call may lose before it is taken to be its fault."""
 PATIENCE = 600.0
 """Seconds in which a cluster that lacks room for a worker may make some, as those that grow by themselves do."""
+BEAT, LOST = 5.0, 60.0
+"""Seconds between two signs of life of a worker, and without one after which somebody else gets its call."""
 
 
 class Desk:
-    """An actor: calls that wait for a worker, how often each was begun, and what came of those that failed after a worker was lost."""
+    """An actor: the calls in their order, who does them, when each worker was last heard of, and what went wrong after one was lost."""
 
     def __init__(self) -> None:
-        self._calls: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._calls: list[bytes | None] = []
+        self._more = asyncio.Event()
+        self._place: dict[int, int] = {}
         self._begun: Counter[int] = Counter()
+        self._with: dict[int, str] = {}
         self._failed: dict[int, bytes] = {}
+        self._given_up: set[int] = set()
+        self._heard: dict[str, tuple[float, bytes]] = {}
+        self._opened = time.monotonic()
 
-    async def put(self, calls: Sequence[bytes | None]) -> None:
-        for call in calls:
-            self._calls.put_nowait(call)
+    async def put(self, calls: Sequence[tuple[int, bytes]]) -> None:
+        for ticket, call in calls:
+            self._place[ticket] = len(self._calls)
+            self._calls.append(call)
+        self._more.set()
 
-    async def take(self) -> bytes | None:
-        return await self._calls.get()
+    async def take(self, place: int) -> bytes:
+        """The call at that place. Who asks again for one that was begun has been told before, and gets nothing in its place."""
+        while place >= len(self._calls):
+            self._more.clear()
+            await self._more.wait()
+        return self._calls[place] or b""
 
-    async def begin(self, ticket: int) -> int:
+    async def hear(self, worker: str, handle: bytes) -> None:
+        self._heard[worker] = (time.monotonic(), handle)
+
+    async def workers(self) -> list[bytes]:
+        """Handles of all that were ever heard of."""
+        return [handle for _, handle in self._heard.values()]
+
+    async def begin(self, ticket: int, worker: str) -> int:
+        """Which try this is; 0: it is not wanted any more."""
+        if ticket in self._given_up:
+            return 0
+        if (place := self._place.pop(ticket, None)) is not None:
+            self._calls[place] = None
+        self._with[ticket] = worker
         self._begun[ticket] += 1
         return self._begun[ticket]
 
     async def fail(self, ticket: int, error: bytes) -> None:
         self._failed[ticket] = error
 
-    async def failed(self, ticket: int) -> bytes | None:
-        return self._failed.get(ticket)
+    async def state(self, ticket: int) -> tuple[bytes | None, bool, float]:
+        """Its error, whether it was begun, and for how many seconds its worker has not been heard of; of one not begun, any worker."""
+        begun = ticket in self._with
+        last = self._heard[self._with[ticket]][0] if begun else max((at for at, _ in self._heard.values()), default=self._opened)
+        return self._failed.get(ticket), begun, time.monotonic() - last
+
+    async def give_up(self, ticket: int) -> None:
+        self._given_up.add(ticket)
 
 
 class Worker:
     """What runs in the cluster: an engine, loaded at the first call, also after the process was lost and started again.
 
-    A batch is one call, (ticket, verb, arguments); of it come rows (ticket, kind, value): begun, values, and an end or an error. Of a call
-    that was lost with a worker, Ray passes over as many rows as have arrived; an error would be among them, so the desk has it then.
+    A batch is one call, (ticket, verb, arguments); of it come rows (ticket, kind, value): values, and an end or an error. Of a call that
+    was lost with a worker, Ray passes over as many rows as have arrived; an error would be among them, so the desk has it then.
     """
 
     def __init__(self, name: str, config: EngineConfig, desk: Any, tries: int) -> None:
+        import ray
+
         self._name, self._config, self._desk, self._tries = name, config, desk, tries
         self._engine: Any = None
+        me = ray.get_runtime_context()
+        self._me, handle = me.get_actor_id(), pickle.dumps(me.current_actor)
+
+        def hear() -> None:
+            ray.get(desk.hear.remote(self._me, handle))
+
+        def beat() -> None:
+            while True:
+                time.sleep(BEAT)
+                hear()
+
+        hear()
+        threading.Thread(target=beat, daemon=True).start()
 
     def __call__(self, batch: Any) -> Iterator[Any]:
         import ray
 
-        ticket, verb, arguments = pickle.loads(batch["call"][0].as_py())
-        me, attempt = ray.get_runtime_context(), ray.get(self._desk.begin.remote(ticket))
-        yield _table("row", (ticket, "begun", (me.get_actor_id(), pickle.dumps(me.current_actor))))
+        call = batch["call"][0].as_py()
+        if not call:
+            return
+        ticket, verb, arguments = pickle.loads(call)
+        attempt = ray.get(self._desk.begin.remote(ticket, self._me))
+        if not attempt:
+            return
         try:
             if attempt > self._tries:
                 raise _too_often(self._tries)
             for value in getattr(self, verb)(*arguments):
-                yield _table("row", (ticket, "value", value))
-            yield _table("row", (ticket, "end", None))
+                yield _table("row", pickle.dumps((ticket, "value", value)))
+            yield _table("row", pickle.dumps((ticket, "end", None)))
         except Exception as e:
             error = e if isinstance(e, SpalignError) else _failed(e)
             if attempt > 1:
                 ray.get(self._desk.fail.remote(ticket, pickle.dumps(error)))
-            yield _table("row", (ticket, "error", error))
+            yield _table("row", pickle.dumps((ticket, "error", error)))
 
     def _ready(self) -> Any:
         from spalign.engines.make import load_engine
@@ -108,79 +161,83 @@ class Worker:
 
 
 class Pool:
-    """`width` workers, each of which takes `needs` of the cluster (num_cpus, num_gpus); loading begins at once.
+    """`width` workers, each of which takes `needs` of the cluster (num_cpus, num_gpus); loading begins at once."""
 
-    lack: of how many workers the cluster has no room for, in words; empty: it has.
-    """
-
-    def __init__(self, name: str, config: EngineConfig, width: int, needs: dict[str, Any], lack: Callable[[int], str]) -> None:
+    def __init__(self, name: str, config: EngineConfig, width: int, needs: dict[str, Any]) -> None:
         import ray
 
-        self._width, self._lack = width, lack
+        self._width = width
         self._tickets = itertools.count()
         self._waiting: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
-        self._workers: dict[str, bytes] = {}
         self._over: EngineError | None = None
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # with this one the command is lost as well
         self._desk: Any = ray.remote(Desk).options(num_cpus=0, label_selector=here).remote()
         rows = _rows(self._desk, here, width, (name, config, self._desk, TRIES), needs)
         self._pump = threading.Thread(target=self._hand_out, args=(rows,), name="ray-data", daemon=True)
         self._pump.start()
+        atexit.register(self.close)  # before Ray's own end, after which its dataset would start another cluster
 
     def ask(self, verb: str, *arguments: Any, times: int = 1) -> Iterator[Any]:
         """What a worker's `verb` gives, as it comes. Raises what it raises, or EngineError where it cannot be had.
 
-        times: so many workers do it at the same time, and the first one's answer counts.
+        times: so many workers do it at the same time, and the first one's answer counts. After a loss, values may come twice or not at all.
         """
-        tickets, answers = list(itertools.islice(self._tickets, times)), queue.SimpleQueue[tuple[str, Any]]()
-        self._waiting.update(dict.fromkeys(tickets, answers))
+        answers = queue.SimpleQueue[tuple[str, Any]]()
+        tickets = [self._send(answers, verb, arguments) for _ in range(times)]
+        lost = 0
         try:
-            if self._over is None:
-                self._put([pickle.dumps((ticket, verb, arguments)) for ticket in tickets])
-            begun, heard = False, time.monotonic()
             while True:
                 if self._over is not None and answers.empty():
                     raise self._over
                 try:
                     kind, value = answers.get(timeout=1.0)
                 except queue.Empty:
-                    self._check(tickets, begun, silent=time.monotonic() - heard)
+                    for gone in self._gone(tickets):
+                        lost += 1
+                        if lost == TRIES:
+                            raise _too_often(TRIES) from None
+                        tickets[tickets.index(gone)] = self._send(answers, verb, arguments)
                     continue
-                begun, heard = True, time.monotonic()
                 if kind == "error":
                     raise value
                 if kind == "end":
                     return
-                if kind == "value":
-                    yield value
+                yield value
         finally:
             for ticket in tickets:
                 del self._waiting[ticket]
 
-    def _put(self, calls: Sequence[bytes | None]) -> None:
-        self._of_desk("put", calls)
+    def _send(self, answers: queue.SimpleQueue[tuple[str, Any]], verb: str, arguments: tuple[Any, ...]) -> int:
+        ticket = next(self._tickets)
+        self._waiting[ticket] = answers
+        if self._over is None:
+            self._at_desk("put", [(ticket, pickle.dumps((ticket, verb, arguments)))])
+        return ticket
 
-    def _of_desk(self, verb: str, *arguments: Any) -> Any:
+    def _at_desk(self, verb: str, *arguments: Any) -> Any:
         import ray
 
         try:
             return ray.get(getattr(self._desk, verb).remote(*arguments))
         except Exception as e:
-            raise _ended(e) from e
+            raise self._over or _ended(e) from e
 
-    def _check(self, tickets: Sequence[int], begun: bool, silent: float) -> None:
-        """Raises what no row says of calls from which none has come for `silent` seconds."""
+    def _gone(self, tickets: Sequence[int]) -> Iterator[int]:
+        """Those whose worker is lost and has not come back: another is to do them. Raises what no row says."""
         for ticket in tickets:
-            if error := self._of_desk("failed", ticket):
+            error, begun, silent = self._at_desk("state", ticket)
+            if error:
                 raise pickle.loads(error)
-        if silent < PATIENCE:
-            return
-        hint = "lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or add nodes"
-        if not self._workers:
-            there = self._lack(self._width) or "others may use the cluster"
-            raise EngineError(f"none of {self._width} workers started within {PATIENCE:g} s: {there}", hint=hint)
-        if begun and (there := self._lack(len(self._workers))):
-            raise EngineError(f"the cluster lost a worker, and had no room for another within {PATIENCE:g} s: {there}", hint=hint)
+            if begun and silent > LOST:
+                self._at_desk("give_up", ticket)
+                del self._waiting[ticket]
+                yield ticket
+            elif not begun and silent > PATIENCE:
+                raise EngineError(
+                    f"none of {self._width} workers could be had for {PATIENCE:g} s: the cluster has no room, or others use it",
+                    hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or add nodes. A judge of its own takes "
+                    "as many beside the policy's",
+                )
 
     def _hand_out(self, rows: Any) -> None:
         """Give every row to the call that waits for it, until there are no more."""
@@ -188,8 +245,6 @@ class Pool:
             for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in table["row"].to_pylist():
                     ticket, kind, value = pickle.loads(row)
-                    if kind == "begun":
-                        self._workers.update([value])
                     if answers := self._waiting.get(ticket):
                         answers.put((kind, value))
             over = EngineError("the Ray workers ended", hint="is the cluster still there?")
@@ -201,15 +256,14 @@ class Pool:
         """End the workers and give their memory back; calls under way fail."""
         import ray
 
+        atexit.unregister(self.close)
         self._over = self._over or EngineError("the Ray engine was closed", hint="make a new one")
         with contextlib.suppress(Exception):  # the cluster may be gone
-            self._put([None])
-            for worker in self._workers.values():
+            workers = self._at_desk("workers")
+            ray.kill(self._desk)  # nothing comes in any more, and the dataset ends
+            for worker in workers:
                 ray.kill(pickle.loads(worker), no_restart=True)
-        if self._workers:  # those that never had room go with this process
-            self._pump.join(timeout=60)
-        with contextlib.suppress(Exception):
-            ray.kill(self._desk)
+        self._pump.join(timeout=60)
 
 
 def _rows(desk: Any, here: dict[str, str], width: int, worker: tuple[Any, ...], needs: dict[str, Any]) -> Any:
@@ -219,14 +273,15 @@ def _rows(desk: Any, here: dict[str, str], width: int, worker: tuple[Any, ...], 
 
     ways = DataContext.get_current().copy()
     ways.target_max_block_size = 1  # bytes: every row a block, which is handed on when it is made
+    ways._max_num_blocks_in_streaming_gen_buffer = None  # type: ignore[assignment]  # a worker does not wait until its rows are fetched
     ways.execution_no_progress_timeout_s = -1  # between stages nothing is asked for
     ways.enable_progress_bars = ways.print_on_execution_start = False
     ways.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here
 
     def come_in(_: Any) -> Iterator[Any]:
-        while (call := ray.get(desk.take.remote())) is not None:
-            yield _table("call", call)
+        for place in itertools.count():  # by places: where this process is lost, it starts again, and Ray passes over what has arrived
+            yield _table("call", ray.get(desk.take.remote(place)))
 
     with DataContext.current(ways):
         return (
@@ -243,10 +298,10 @@ def _rows(desk: Any, here: dict[str, str], width: int, worker: tuple[Any, ...], 
         )
 
 
-def _table(column: str, value: Any) -> Any:
+def _table(column: str, value: bytes) -> Any:
     import pyarrow
 
-    return pyarrow.table({column: pyarrow.array([value if isinstance(value, bytes) else pickle.dumps(value)], pyarrow.binary())})
+    return pyarrow.table({column: pyarrow.array([value], pyarrow.binary())})
 
 
 def _failed(error: BaseException) -> EngineError:
