@@ -127,7 +127,7 @@ def agreement_of(run: Context, steps: Sequence[Step], judging: Judging) -> dict[
         for where in ("", "reference/")
     )
     found = agreement(mine, theirs, judging.objectives, ddof=run.config.denoise.ddof, scale=run.config.denoise.scale)
-    return {"reference": own.reference_judge, **found}
+    return {"reference": own.reference_judge, "scorers": [own.scorer, own.of_reference().scorer], **found}
 
 
 def _share(done: Mapping[str, dict[str, Any]]) -> float | None:

@@ -141,7 +141,9 @@ def _seeds(arm: str, figures: Mapping[str, Any], objectives: Sequence[str]) -> s
 def _agreement(cells: Mapping[str, Any]) -> list[str]:
     lines = []
     for cell, told in cells.items():
-        lines += [f"## {cell}", "", f"Against `{told['reference']}` on {told['answers']} answers to {told['prompts']} prompts.", ""]
+        own, theirs = told["scorers"]
+        how = f"Scores (`{own}`) against" if own == theirs else f"Scores by `{own}` against `{theirs}` of"
+        lines += [f"## {cell}", "", f"{how} `{told['reference']}`, on {told['answers']} answers to {told['prompts']} prompts.", ""]
         for o, by in told["objectives"].items():
             known = {k: "-" if v is None else f"{v:.2f}" for k, v in by.items()}
             lines.append(f"- {o}: correlation {known['pearson']}, agreement within a prompt {known['within']}")
