@@ -8,17 +8,19 @@ CONFIG ?= configs/demo.yaml
 ENGINE ?= transformers
 WITH := $(if $(filter vllm,$(ENGINE)),--set engine.kind=vllm --set engine.hidden_states=true --set name=demo-vllm)
 
-# Linters beside installations. Only .installed and .vllm write into the environment, one after the other.
-MAKEFLAGS += -j2
+# Linters beside tests. Only .installed and .vllm write into the environment, one after the other; clean has its turn alone.
+MAKEFLAGS += $(if $(filter clean,$(MAKECMDGOALS)),,-j2)
 
-.PHONY: run test lint setup clean
+.PHONY: run test tests lint setup clean
 
 run: setup
 	$(BIN)/spalign run $(CONFIG) $(WITH)
 
 # Two workers of one thread each: the models of the tests are too small to share a core's work. Files in order: the quick ones come last,
 # so that neither worker waits long for the other.
-test: lint $(VENV)/.deepspeed $(VENV)/.peers
+test: lint tests
+
+tests: setup $(VENV)/.deepspeed $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup

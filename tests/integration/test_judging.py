@@ -227,6 +227,8 @@ def test_a_reference_judge_scores_the_same_candidates_and_is_compared(tmp_path, 
     itself = settings(tmp_path, tiny_model, reference_judge=str(tiny_model))
     with pytest.raises(ConfigError, match="is the judge itself, and would agree with itself\n  fix: name another model"):
         agree(itself, make_engine=lambda _: ScriptedEngine(reply, sees))
+    with pytest.raises(ConfigError, match="reference_scorer is for a reference judge, and there is none"):
+        agree(settings(tmp_path, tiny_model, reference_scorer="yes_no"), make_engine=lambda _: ScriptedEngine(reply, sees))
     config = settings(tmp_path, tiny_model, scorer="yes_no", reference_judge=str(tiny_model), reference_scorer="yes_no_zero")
     found = agree(config, make_engine=lambda _: ScriptedEngine(reply, sees))
     assert found["reference"] == str(tiny_model)

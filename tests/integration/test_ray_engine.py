@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from spalign.engines.ray import RayEngine
 from spalign.engines.transformers import TransformersEngine
 from spalign.errors import ConfigError, EngineError, ModelError
 from spalign.pipeline.context import MeteredEngine
+from spalign.pipeline.run import checks_of
 from spalign.store import Stage, run_in_parts
 from spalign.text import printable
 from spalign.types import Message
@@ -67,7 +69,9 @@ def workers() -> list[int]:
 
 @pytest.fixture(scope="module")
 def pool(tiny_model: Path) -> Iterator[RayEngine]:
-    engine = load_engine(str(tiny_model), POOL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spalign.engines.ray_pool.LOST", 8.0)
+        engine = load_engine(str(tiny_model), POOL)
     assert isinstance(engine, RayEngine)
     yield engine
     engine.close()
@@ -166,9 +170,20 @@ def test_calls_go_on_though_the_process_that_brings_them_in_is_lost(pool: RayEng
         assert by_place(list(pool.generate(asked))) == by_place(list(plain.generate(asked)))
 
 
-def test_another_does_what_a_lost_worker_had_that_does_not_come_back(pool: RayEngine, plain: TransformersEngine, monkeypatch):
-    """Stopped, it is not heard of, as one whose node is gone."""
-    monkeypatch.setattr("spalign.engines.ray_pool.LOST", 8.0)
+def test_another_does_what_a_lost_worker_got_that_had_nothing_to_do(pool: RayEngine, plain: TransformersEngine):
+    """Stopped, it is not heard of, as one whose node is gone; Ray gives it a call all the same."""
+    asked = [requests(n, 2) for n in (0, 2, 4, 6)]
+    stopped = workers()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            got = list(threads.map(lambda ask: by_place(list(pool.generate(ask))), asked))
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert got == [by_place(list(plain.generate(ask))) for ask in asked]
+
+
+def test_another_does_what_a_lost_worker_had_that_does_not_come_back(pool: RayEngine, plain: TransformersEngine):
     asked, got, stopped = requests(300, 20, limit=200), [], 0
     try:
         for completion in pool.generate(asked):
@@ -200,7 +215,7 @@ def test_what_a_worker_refuses_is_said_as_it_is_here(pool: RayEngine, plain: Tra
 def test_what_does_not_fit_or_is_not_there_is_told_at_once(pool: RayEngine, tiny_model: Path):
     with pytest.raises(
         EngineError,
-        match=r"99 workers of 1 CPUs each do not fit into the 0 CPUs that .* beside the policy's workers\n  fix: lower engine.workers",
+        match=r"99 workers of 1 CPUs each do not fit into the \d+ CPUs that .* beside the policy's workers\n  fix: lower engine.workers",
     ):
         load_engine(str(tiny_model), POOL.model_copy(update={"workers": 99}))
     with pytest.raises(ModelError, match="no-such-model"):
@@ -243,9 +258,9 @@ def test_a_closed_pool_says_so_and_its_processes_are_gone(tiny_model: Path, pool
 
 def test_a_call_that_loses_every_worker_ends_with_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     """Short of memory, for example: the run ends with that, it does not wait for ever."""
-    monkeypatch.setattr("spalign.engines.ray_pool.TRIES", 2)
+    monkeypatch.setattr("spalign.engines.ray_pool.TRIES", 1)
     engine = load_engine(str(tiny_model), POOL)
-    with pytest.raises(EngineError, match=r"2 workers were lost on the same call\n  fix: short of memory"):
+    with pytest.raises(EngineError, match=r"1 workers were lost on the same call\n  fix: short of memory"):
         for _ in engine.generate(requests(0, 40, limit=400)):  # at what each try has that was not there before
             for pid in workers():
                 os.kill(pid, signal.SIGKILL)
@@ -277,6 +292,15 @@ def test_settings_of_the_pool_are_refused_elsewhere(setting: str):
     value = {"worker": "vllm", "address": "auto"}.get(setting, 1)
     with pytest.raises(ConfigError, match=f"{setting}: for kind ray, and the kind is transformers"):
         config_from({"name": "x", "model": "demo", "engine": {setting: value}})
+
+
+def test_a_judge_beside_the_policy_needs_numbers_of_workers():
+    of_its_own = {"name": "x", "model": "demo", "engine": {"kind": "ray"}, "self_evaluation": {"judge": "org/larger"}}
+    with pytest.raises(ConfigError, match="a judge of its own needs workers beside the policy's"):
+        for check in checks_of(config_from(of_its_own)):
+            check()
+    for check in checks_of(config_from({**of_its_own, "engine": {"kind": "ray", "workers": 2}})):
+        check()
 
 
 def test_results_of_a_pool_and_of_one_engine_are_interchangeable():

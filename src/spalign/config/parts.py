@@ -91,7 +91,7 @@ class SelfEvaluationConfig(Part):
     """Go on where the lower bound of the judge's AUC is under 0.6."""
     reference_judge: str | None = None
     """A second model that scores the first iteration's candidates too: agreement and RV coefficient, nothing else."""
-    reference_scorer: Scorer | dict[str, Scorer] | None = None
+    reference_scorer: Scorer | None = None
     """How `reference_judge` scores; default: as `scorer` says."""
 
     def scorer_of(self, objective: str) -> Scorer:

@@ -12,14 +12,14 @@ import os
 import re
 import socket
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spalign.config import EngineConfig
+from spalign.engines import ray_pool
 from spalign.engines.base import Ask, Capability, Completion, GenerateRequest, only
 from spalign.engines.loading import load_tokens
-from spalign.engines.ray_pool import TRIES, Pool
+from spalign.engines.ray_pool import Pool
 from spalign.engines.tokens import TokenEngine
 from spalign.errors import EngineError
 from spalign.text import printable, shorten
@@ -56,7 +56,7 @@ class RayEngine(TokenEngine):
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
         missing = {(r.id, i) for r in requests for i in range(len(r.seeds))}
-        for _ in range(TRIES):
+        for _ in range(ray_pool.TRIES):
             # what a batch gave depends on what ran beside it: there it runs again as it was
             for completion in self._stream(requests) if self.batching else only(self._stream, requests, missing):
                 key = (completion.request_id, completion.index)
@@ -96,7 +96,7 @@ class BatchingRayEngine(RayEngine):
         return [[(requests[n], i) for n, i in batch] for batch in places]
 
 
-_open: weakref.WeakSet[RayEngine] = weakref.WeakSet()
+_open: set[RayEngine] = set()
 """Engines of this process that have workers: a judge of its own has them beside the policy's."""
 
 

@@ -33,23 +33,28 @@ BEAT, LOST = 5.0, 60.0
 
 
 class Desk:
-    """An actor: the calls in their order, who does them, when each worker was last heard of, and what went wrong after one was lost."""
+    """An actor: the calls in their order, who does them, when each worker was last heard of, and what went wrong after one was lost.
 
-    def __init__(self) -> None:
+    lost: seconds as LOST.
+    """
+
+    def __init__(self, lost: float) -> None:
+        self._lost = lost
         self._calls: list[bytes | None] = []
         self._more = asyncio.Event()
-        self._place: dict[int, int] = {}
+        self._waiting: dict[int, tuple[int, float]] = {}
+        """ticket -> place among the calls, and since when, until it is begun."""
         self._begun: Counter[int] = Counter()
         self._with: dict[int, str] = {}
+        self._over: set[int] = set()
         self._failed: dict[int, bytes] = {}
-        self._given_up: set[int] = set()
         self._heard: dict[str, tuple[float, bytes]] = {}
+        self._idle: dict[str, float] = {}
         self._opened = time.monotonic()
 
-    async def put(self, calls: Sequence[tuple[int, bytes]]) -> None:
-        for ticket, call in calls:
-            self._place[ticket] = len(self._calls)
-            self._calls.append(call)
+    async def put(self, ticket: int, call: bytes) -> None:
+        self._waiting[ticket] = (len(self._calls), time.monotonic())
+        self._calls.append(call)
         self._more.set()
 
     async def take(self, place: int) -> bytes:
@@ -61,6 +66,8 @@ class Desk:
 
     async def hear(self, worker: str, handle: bytes) -> None:
         self._heard[worker] = (time.monotonic(), handle)
+        if worker not in self._with.values():
+            self._idle.setdefault(worker, time.monotonic())
 
     async def workers(self) -> list[bytes]:
         """Handles of all that were ever heard of."""
@@ -68,25 +75,43 @@ class Desk:
 
     async def begin(self, ticket: int, worker: str) -> int:
         """Which try this is; 0: it is not wanted any more."""
-        if ticket in self._given_up:
+        if ticket in self._over:
             return 0
-        if (place := self._place.pop(ticket, None)) is not None:
-            self._calls[place] = None
+        if ticket in self._waiting:
+            self._calls[self._waiting.pop(ticket)[0]] = None
+        self._idle.pop(worker, None)
         self._with[ticket] = worker
         self._begun[ticket] += 1
         return self._begun[ticket]
 
+    async def end(self, ticket: int) -> None:
+        """Its worker has done it."""
+        if worker := self._with.get(ticket):
+            self._idle[worker] = time.monotonic()
+        self._forget(ticket)
+
     async def fail(self, ticket: int, error: bytes) -> None:
         self._failed[ticket] = error
 
-    async def state(self, ticket: int) -> tuple[bytes | None, bool, float]:
-        """Its error, whether it was begun, and for how many seconds its worker has not been heard of; of one not begun, any worker."""
-        begun = ticket in self._with
-        last = self._heard[self._with[ticket]][0] if begun else max((at for at, _ in self._heard.values()), default=self._opened)
-        return self._failed.get(ticket), begun, time.monotonic() - last
+    async def state(self, ticket: int) -> tuple[bytes | None, bool, bool, float]:
+        """Its error; whether it is lost: with a worker that has not been heard of for so long, or not begun though one has been idle for so
+        long; whether it was begun; and for how many seconds no worker at all has been heard of."""
+        now = time.monotonic()
+        silent = now - max((at for at, _ in self._heard.values()), default=self._opened)
+        if worker := self._with.get(ticket):
+            return self._failed.get(ticket), now - self._heard[worker][0] > self._lost, True, silent
+        since = self._waiting[ticket][1] if ticket in self._waiting else now
+        there = [at for worker, at in self._idle.items() if now - self._heard[worker][0] < self._lost]
+        idle = any(now - max(at, since) > self._lost for at in there)
+        return self._failed.get(ticket), idle, False, silent
 
     async def give_up(self, ticket: int) -> None:
-        self._given_up.add(ticket)
+        self._forget(ticket)
+
+    def _forget(self, ticket: int) -> None:
+        self._over.add(ticket)
+        for known in (self._waiting, self._with, self._begun):
+            known.pop(ticket, None)
 
 
 class Worker:
@@ -131,11 +156,13 @@ class Worker:
             for value in getattr(self, verb)(*arguments):
                 yield _table("row", pickle.dumps((ticket, "value", value)))
             yield _table("row", pickle.dumps((ticket, "end", None)))
+            self._desk.end.remote(ticket)
         except Exception as e:
             error = e if isinstance(e, SpalignError) else _failed(e)
             if attempt > 1:
                 ray.get(self._desk.fail.remote(ticket, pickle.dumps(error)))
             yield _table("row", pickle.dumps((ticket, "error", error)))
+            self._desk.end.remote(ticket)
 
     def _ready(self) -> Any:
         from spalign.engines.make import load_engine
@@ -171,7 +198,7 @@ class Pool:
         self._waiting: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
         self._over: EngineError | None = None
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # with this one the command is lost as well
-        self._desk: Any = ray.remote(Desk).options(num_cpus=0, label_selector=here).remote()
+        self._desk: Any = ray.remote(Desk).options(num_cpus=0, label_selector=here).remote(LOST)
         rows = _rows(self._desk, here, width, (name, config, self._desk, TRIES), needs)
         self._pump = threading.Thread(target=self._hand_out, args=(rows,), name="ray-data", daemon=True)
         self._pump.start()
@@ -184,7 +211,7 @@ class Pool:
         """
         answers = queue.SimpleQueue[tuple[str, Any]]()
         tickets = [self._send(answers, verb, arguments) for _ in range(times)]
-        lost = 0
+        lost = [0] * times
         try:
             while True:
                 if self._over is not None and answers.empty():
@@ -192,11 +219,12 @@ class Pool:
                 try:
                     kind, value = answers.get(timeout=1.0)
                 except queue.Empty:
-                    for gone in self._gone(tickets):
-                        lost += 1
-                        if lost == TRIES:
-                            raise _too_often(TRIES) from None
-                        tickets[tickets.index(gone)] = self._send(answers, verb, arguments)
+                    for n, ticket in enumerate(tickets):
+                        if (begun := self._lost(ticket)) is not None:
+                            lost[n] += begun
+                            if lost[n] == TRIES:
+                                raise _too_often(TRIES) from None
+                            tickets[n] = self._send(answers, verb, arguments)
                     continue
                 if kind == "error":
                     raise value
@@ -205,13 +233,13 @@ class Pool:
                 yield value
         finally:
             for ticket in tickets:
-                del self._waiting[ticket]
+                self._waiting.pop(ticket, None)
 
     def _send(self, answers: queue.SimpleQueue[tuple[str, Any]], verb: str, arguments: tuple[Any, ...]) -> int:
         ticket = next(self._tickets)
         self._waiting[ticket] = answers
         if self._over is None:
-            self._at_desk("put", [(ticket, pickle.dumps((ticket, verb, arguments)))])
+            self._at_desk("put", ticket, pickle.dumps((ticket, verb, arguments)))
         return ticket
 
     def _at_desk(self, verb: str, *arguments: Any) -> Any:
@@ -222,22 +250,22 @@ class Pool:
         except Exception as e:
             raise self._over or _ended(e) from e
 
-    def _gone(self, tickets: Sequence[int]) -> Iterator[int]:
-        """Those whose worker is lost and has not come back: another is to do them. Raises what no row says."""
-        for ticket in tickets:
-            error, begun, silent = self._at_desk("state", ticket)
-            if error:
-                raise pickle.loads(error)
-            if begun and silent > LOST:
-                self._at_desk("give_up", ticket)
-                del self._waiting[ticket]
-                yield ticket
-            elif not begun and silent > PATIENCE:
-                raise EngineError(
-                    f"none of {self._width} workers could be had for {PATIENCE:g} s: the cluster has no room, or others use it",
-                    hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or add nodes. A judge of its own takes "
-                    "as many beside the policy's",
-                )
+    def _lost(self, ticket: int) -> bool | None:
+        """Whether it was begun, where another worker is to do it; what comes of it from now on is nobody's. Raises what no row says."""
+        error, lost, begun, silent = self._at_desk("state", ticket)
+        if error:
+            raise pickle.loads(error)
+        if lost:
+            self._at_desk("give_up", ticket)
+            del self._waiting[ticket]
+            return bool(begun)
+        if not begun and silent > PATIENCE:
+            raise EngineError(
+                f"none of {self._width} workers could be had for {PATIENCE:g} s: the cluster has no room, or others use it",
+                hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or add nodes. A judge of its own takes "
+                "as many beside the policy's",
+            )
+        return None
 
     def _hand_out(self, rows: Any) -> None:
         """Give every row to the call that waits for it, until there are no more."""

@@ -311,7 +311,11 @@ def check_model(  # noqa: PLR0913  an option of the command each
     engine = engine or EngineConfig()
     made = load_engine(model, engine)
     with ui.stage(f"judge-check {model}", len(labelled) * sum(s != ENSEMBLE for s in chosen), "answers") as tick:
-        found = judge_check(made, objectives, labelled, chosen, recall=bad_recall, tick=tick)
+        try:
+            found = judge_check(made, objectives, labelled, chosen, recall=bad_recall, tick=tick)
+        finally:
+            if close := getattr(made, "close", None):
+                close()
     judged = {o.name: j.model_copy(update={"asked": asked_about(o)}) for o in objectives if (j := found.judgement(o.name))}
     if out is not None and judged:
         save_judge(out, JudgeFile(model=model, fingerprint=identify(model, engine), rows=fingerprint(labelled), objectives=judged))

@@ -121,7 +121,7 @@ def _plan(run: Context) -> tuple[list[Step], list[Policy], Judging]:
     policy = frozen = Policy(model, identify(model, engine), run.make_engine, served=engine.served, weights=weights)
     run.named_judge = _other(run, own.judge, policy)
     run.reference_judge = _other(run, own.reference_judge, policy)
-    if run.reference_judge and _alike(run.reference_judge, run.named_judge or policy) and own.reference_scorer in (None, own.scorer):
+    if _is_itself(run, run.named_judge or policy):
         raise ConfigError(
             f"self_evaluation.reference_judge: '{own.reference_judge}' is the judge itself, and would agree with itself",
             hint="name another model, or another way for it to score: self_evaluation.reference_scorer",
@@ -158,8 +158,13 @@ def _other(run: Context, name: str | None, policy: Policy) -> Policy | None:
     return Policy(name, found, run.make_judge, served=engine.served)
 
 
-def _alike(one: Policy, other: Policy) -> bool:
-    return one is other or one.digest == other.digest
+def _is_itself(run: Context, judge: Policy) -> bool:
+    """Whether the reference judge is the run's judge, asked in the same way."""
+    own, reference = run.config.self_evaluation, run.reference_judge
+    if reference is None or own.judge_file or any(own.scorer_of(o.name) != own.of_reference().scorer_of(o.name) for o in run.objectives):
+        return False
+    # other judges have one engine; the policy's may be another, and is then another judge
+    return judge is reference or (judge is run.named_judge and judge.digest == reference.digest)
 
 
 def _greet(run: Context, policy: Policy, steps: Sequence[Step]) -> None:
@@ -223,9 +228,26 @@ def checks_of(config: RunConfig) -> list[Callable[[], Any]]:
         partial(check_launch, config),
         partial(_check_four_bits, config),
         *(recipe.constitution_for_run for recipe in recipes),
+        partial(_check_judges, config),
         partial(_check_data_from, config),
         partial(_check_policy, config),
     ]
+
+
+def _check_judges(config: RunConfig) -> None:
+    own = config.self_evaluation
+    if own.reference_judge is None and own.reference_scorer is not None:
+        raise ConfigError(
+            "self_evaluation.reference_scorer is for a reference judge, and there is none", hint="name it: self_evaluation.reference_judge"
+        )
+    if own.reference_judge is not None:
+        config.model_copy(update={"self_evaluation": own.of_reference()}).constitution_for_run()
+    others = {own.judge, own.reference_judge} - {None, config.model}
+    if others and config.engine.kind == config.judge_engine.kind == "ray" and not (config.engine.workers and config.judge_engine.workers):
+        raise ConfigError(
+            "engine.kind is ray, and a judge of its own needs workers beside the policy's, which takes all that there is room for",
+            hint="say how many each has, so that both find room: engine.workers, and self_evaluation.judge_engine for the judge's",
+        )
 
 
 def _check_four_bits(config: RunConfig) -> None:
