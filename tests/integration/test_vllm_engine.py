@@ -332,22 +332,6 @@ def test_hidden_states_come_from_transformers_where_they_are_asked_for(tiny_mode
     assert engine._beside is None
 
 
-# the process
-
-
-def test_memory_goes_back_when_the_engine_is_closed_or_forgotten(tiny_model: Path) -> None:
-    engine = VLLMEngine(str(tiny_model), EXACT)
-    pid, folder = pid_of(engine), Path(engine._process._folder.name)
-    assert alive(pid)
-    assert folder.exists()
-    asked = engine.generate(requests_for(["a"]))
-    next(asked)
-    asked.close()  # type: ignore[attr-defined]
-    del asked, engine
-    assert gone_within(5, pid)
-    assert not folder.exists()
-
-
 # calls of several threads
 
 
@@ -505,13 +489,21 @@ def test_an_adapter_that_was_trained_here_gives_the_merged_model_s_numbers(tiny_
     merged = TransformersEngine.load(str(tmp_path / "model"), EngineConfig(dtype="float32", device="cpu"))
     engine = load_engine(str(tmp_path / "model"), EXACT)
     assert isinstance(engine, VLLMEngine)
-    try:
-        requests = [(engine.encode_chat(user(t)), engine.encode_response(a)) for t in TEXTS for a in ANSWERS]
-        got, want, without = (e.loglikelihood(requests) for e in (engine, merged, base))
-        for a, b, c in zip(got, want, without, strict=True):
-            assert a == pytest.approx(b, abs=1e-3)
-            assert max(abs(x - y) for x, y in zip(b or (), c or (), strict=True)) > 0.1  # it has learned something
-        greedy = requests_for(TEXTS)
-        assert by_key(engine.generate(greedy)) == by_key(merged.generate(greedy))
-    finally:
-        engine.close()
+    requests = [(engine.encode_chat(user(t)), engine.encode_response(a)) for t in TEXTS for a in ANSWERS]
+    got, want, without = (e.loglikelihood(requests) for e in (engine, merged, base))
+    for a, b, c in zip(got, want, without, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+        assert max(abs(x - y) for x, y in zip(b or (), c or (), strict=True)) > 0.1  # it has learned something
+    greedy = requests_for(TEXTS)
+    assert by_key(engine.generate(greedy)) == by_key(merged.generate(greedy))
+
+    # memory goes back when an engine is forgotten, as when it is closed
+    pid, folder = pid_of(engine), Path(engine._process._folder.name)
+    assert alive(pid)
+    assert folder.exists()
+    asked = engine.generate(greedy)
+    next(asked)
+    asked.close()  # type: ignore[attr-defined]
+    del asked, engine
+    assert gone_within(5, pid)
+    assert not folder.exists()
