@@ -72,13 +72,15 @@ def test_a_run_that_lost_a_worker_has_the_data_of_a_run_on_one_engine(spalign, l
     lay_out(tmp_path, engine=POOL)
     stage = tmp_path / "runs/tiny/iteration-1/1-sample"
     with started(tmp_path, environment, "run") as process:
-        wait_for(lambda: len(list(stage.glob("part-*"))) >= 2, process)
+        wait_for(lambda: len(list(stage.glob("part-*.jsonl"))) >= 2, process)
         assert process.poll() is None, (tmp_path / "stderr").read_text()
         os.kill(workers(process)[0].pid, signal.SIGKILL)
         assert process.wait(400) == 0, (tmp_path / "stderr").read_text()
     for name in DATA:
         mine, theirs = (root / "runs/tiny/iteration-1" / name for root in (tmp_path, reference.folder))
-        assert {p.name: p.read_bytes() for p in mine.glob("part-*")} == {p.name: p.read_bytes() for p in theirs.glob("part-*")}, name
+        assert {p.name: p.read_bytes() for p in mine.glob("part-*.jsonl")} == {
+            p.name: p.read_bytes() for p in theirs.glob("part-*.jsonl")
+        }, name
         assert not list(mine.glob("journal*"))
     again = spalign(tmp_path, "run", "run.yaml")  # all is done: no cluster is started
     assert again.code == 0, again.err
@@ -90,7 +92,7 @@ def test_a_stop_leaves_no_process_and_the_run_goes_on_without_ray(how, spalign, 
     lay_out(tmp_path, engine=POOL)
     stage = tmp_path / "runs/tiny/iteration-1/1-sample"
     with started(tmp_path, environment, "sample") as process:
-        wait_for(lambda: len(list(stage.glob("part-*"))) >= 1, process)
+        wait_for(lambda: len(list(stage.glob("part-*.jsonl"))) >= 1, process)
         assert process.poll() is None, (tmp_path / "stderr").read_text()
         everyone = family(process) if how == signal.SIGINT else workers(process)  # ray's own agents see after minutes that they are alone
         assert len(workers(process)) == 2
@@ -101,7 +103,7 @@ def test_a_stop_leaves_no_process_and_the_run_goes_on_without_ray(how, spalign, 
             assert "interrupted; what is finished is kept: the same command goes on" in err
             assert "Traceback" not in err
         assert left_of(everyone) == []
-    before = {p: p.stat().st_mtime_ns for p in stage.glob("part-*")}
+    before = {p: p.stat().st_mtime_ns for p in stage.glob("part-*.jsonl")}
     assert 1 <= len(before) < 12
     if how == signal.SIGINT:
         return  # it goes on as after the worse end
@@ -109,4 +111,4 @@ def test_a_stop_leaves_no_process_and_the_run_goes_on_without_ray(how, spalign, 
     assert spalign(tmp_path, "sample", "run.yaml", "--resume").code == 0
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
     theirs = reference.run / "iteration-1/1-sample"
-    assert {p.name: p.read_bytes() for p in stage.glob("part-*")} == {p.name: p.read_bytes() for p in theirs.glob("part-*")}
+    assert {p.name: p.read_bytes() for p in stage.glob("part-*.jsonl")} == {p.name: p.read_bytes() for p in theirs.glob("part-*.jsonl")}

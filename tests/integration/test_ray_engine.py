@@ -72,6 +72,7 @@ def workers() -> list[int]:
 def pool(tiny_model: Path) -> Iterator[RayEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spalign.engines.ray_pool.LOST", 8.0)
+        patch.setattr("spalign.engines.ray_pool.TRIES", 2)
         engine = load_engine(str(tiny_model), POOL)
     assert isinstance(engine, RayEngine)
     yield engine
@@ -204,6 +205,15 @@ def test_completions_come_one_by_one(pool: RayEngine):
     assert arrived[0] < 0.5 * arrived[-1]
 
 
+def test_a_call_that_loses_every_worker_ends_with_an_error(pool: RayEngine):
+    """Short of memory, for example: the run ends with that, it does not wait for ever."""
+    with pytest.raises(EngineError, match=r"2 workers were lost on the same call\n  fix: short of memory"):
+        for _ in pool.generate(requests(0, 40, limit=400)):  # at what each try has that was not there before
+            for pid in workers():
+                os.kill(pid, signal.SIGKILL)
+    assert len(by_place(list(pool.generate(requests(0, 2))))) == 4  # the pool goes on
+
+
 def test_what_a_worker_refuses_is_said_as_it_is_here(pool: RayEngine, plain: TransformersEngine):
     long = [GenerateRequest("long one", (Message("user", "word " * 3000),), (1,), WAYS)]
     for engine in (plain, pool):
@@ -260,18 +270,6 @@ def test_a_closed_pool_says_so_and_its_processes_are_gone(tiny_model: Path, pool
             break
         time.sleep(0.1)
     assert not workers()
-
-
-def test_a_call_that_loses_every_worker_ends_with_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    """Short of memory, for example: the run ends with that, it does not wait for ever."""
-    monkeypatch.setattr("spalign.engines.ray_pool.TRIES", 1)
-    engine = load_engine(str(tiny_model), POOL)
-    with pytest.raises(EngineError, match=r"1 workers were lost on the same call\n  fix: short of memory"):
-        for _ in engine.generate(requests(0, 40, limit=400)):  # at what each try has that was not there before
-            for pid in workers():
-                os.kill(pid, signal.SIGKILL)
-    assert len(by_place(list(engine.generate(requests(0, 2))))) == 4  # the pool goes on
-    engine.close()
 
 
 def test_an_address_without_a_cluster_is_an_error(tiny_model: Path):
