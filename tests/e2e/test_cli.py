@@ -288,10 +288,10 @@ def test_an_option_that_does_not_exist(spalign, tmp_path):
     assert "--frsh" in done.err
 
 
-@pytest.mark.parametrize("flags", [(), ("--fresh",)])
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--fresh",)])
 @pytest.mark.parametrize(("missing", "where"), [("tokenizer*", "the model has no tokenizer"), ("*.safetensors", "no .safetensors weights")])
 def test_a_model_folder_that_lacks_a_part_is_refused(small, spalign, tiny_model, tmp_path, missing, where, flags):
-    """Also with --fresh nothing is changed or set aside for a model that cannot be used."""
+    """Also with --resume and --fresh nothing is changed or set aside for a model that cannot be used."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     for file in model.glob(missing):
         file.unlink()

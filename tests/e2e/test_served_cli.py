@@ -73,24 +73,28 @@ def scores(run: Path) -> dict[str, dict[str, float]]:
     return {r["id"]: r["scores"] for g in groups for r in g["candidates"]}
 
 
+def served_by(server: ModelServer) -> dict[str, object]:
+    return {"judge": "served", "judge_engine": {"kind": "openai", "base_url": server.url}}
+
+
 @pytest.mark.parametrize("scorer", ["yes_no", "auto"])
 def test_a_judge_without_log_probabilities_is_refused_before_anything_is_sampled_and_likert_is_named(spalign, lay_out, tmp_path, scorer):
     with ModelServer(Scripted(lambda messages, seed: "7"), names=("served",)) as wordy:
-        judge = {"judge": "served", "judge_engine": {"kind": "openai", "base_url": wordy.url}}
-        lay_out(tmp_path, self_evaluation={**judge, "scorer": scorer})
+        lay_out(tmp_path, self_evaluation={**served_by(wordy), "scorer": scorer})
         done = spalign(tmp_path, "run", "run.yaml")
         assert done.code == 2
         assert "likert" in done.err
         assert "log-probabilities" in done.err or "choice_logprobs" in done.err
         assert list(tmp_path.rglob("part-*.jsonl")) == []
-        if scorer == "auto":
-            return
-        (tmp_path / "likert").mkdir()
-        lay_out(tmp_path / "likert", self_evaluation={**judge, "scorer": "likert"})
+
+
+def test_with_likert_it_judges(spalign, lay_out, tmp_path):
+    with ModelServer(Scripted(lambda messages, seed: "7"), names=("served",)) as wordy:
+        lay_out(tmp_path, self_evaluation={**served_by(wordy), "scorer": "likert"})
         for stage in ("sample", "evaluate"):
-            done = spalign(tmp_path / "likert", stage, "run.yaml")
+            done = spalign(tmp_path, stage, "run.yaml")
             assert done.code == 0, done.err
-        found = [v for v in scores(tmp_path / "likert/runs/tiny").values() if v]
+        found = [v for v in scores(tmp_path / "runs/tiny").values() if v]
         assert found
         assert all(set(v) == {"harmlessness", "helpfulness"} and len(set(v.values())) == 1 for v in found)
 

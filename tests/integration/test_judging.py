@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import yaml
 from plain_objectives import plain_objectives
 
-import spalign.pipeline.run  # noqa: F401 (the module; `spalign.pipeline.run` is the function)
 from spalign.config import RunConfig, config_from
 from spalign.constitution import load_constitution
 from spalign.engines.scripted import ScriptedEngine
@@ -23,8 +21,6 @@ from spalign.pipeline.judging import asked_about
 from spalign.pipeline.run import agree
 from spalign.selfeval import JudgeFile, Judgement, load_judge, save_judge
 from spalign.types import Message
-
-pipeline = sys.modules["spalign.pipeline.run"]
 
 OBJECTIVES = ("alpha", "beta")
 
@@ -155,7 +151,7 @@ def test_the_check_is_not_done_twice_for_one_model(tmp_path, tiny_model, monkeyp
         return sees(text, choice)
 
     # as if it were the model's own engine: an engine of the caller's has no part in the shared checks
-    monkeypatch.setattr(pipeline, "load_engine", lambda name, config: ScriptedEngine(reply, counting))
+    monkeypatch.setattr("spalign.pipeline.prepare.load_engine", lambda name, config: ScriptedEngine(reply, counting))
     first = settings(tmp_path, tiny_model)
     run(first, only="judge")
     assert asked

@@ -25,7 +25,7 @@ from spalign.engines.ray_pool import Pool
 from spalign.engines.transformers import TransformersEngine
 from spalign.errors import ConfigError, EngineError, ModelError
 from spalign.pipeline.context import MeteredEngine
-from spalign.pipeline.run import checks_of
+from spalign.pipeline.prepare import checks_of
 from spalign.store import Stage, run_in_parts
 from spalign.text import printable
 from spalign.types import Message
@@ -211,6 +211,29 @@ def test_a_call_that_loses_every_worker_ends_with_an_error(pool: RayEngine):
         for _ in pool.generate(requests(0, 40, limit=400)):  # at what each try has that was not there before
             for pid in workers():
                 os.kill(pid, signal.SIGKILL)
+    assert len(by_place(list(pool.generate(requests(0, 2))))) == 4  # the pool goes on
+
+
+def test_workers_that_are_lost_before_they_can_begin_end_with_an_error(pool: RayEngine, monkeypatch: pytest.MonkeyPatch):
+    """Short of memory while they start: nobody waits for ever for them."""
+    monkeypatch.setattr("spalign.engines.ray_pool.PATIENCE", 5.0)
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.05):
+            for pid in workers():
+                with contextlib.suppress(ProcessLookupError):  # it ends just now
+                    os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        with pytest.raises(EngineError, match=r"none of 2 workers could be had for 5 s|workers were lost on the same call"):
+            list(pool.generate(requests(0, 40, limit=400)))
+    finally:
+        over.set()
+        thread.join()
+    monkeypatch.undo()
     assert len(by_place(list(pool.generate(requests(0, 2))))) == 4  # the pool goes on
 
 

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-
-from spalign import prompts as prompt_sets
-from spalign.config import PromptSource, RunConfig
-from spalign.constitution import Constitution
-from spalign.engines.base import Engine, EngineFailed
-from spalign.engines.make import identify, load_engine, weights_of
-from spalign.errors import ConfigError, EngineError, RunFolderError
+from spalign.config import RunConfig
+from spalign.engines.base import EngineFailed
+from spalign.engines.make import identify, weights_of
+from spalign.errors import ConfigError, RunFolderError
+from spalign.pipeline.claim import Mode, claim, write_config
 from spalign.pipeline.context import Context, EngineFactory, Policy, Step
 from spalign.pipeline.data import data_steps, reference_steps
 from spalign.pipeline.evaluate import evaluation_steps
 from spalign.pipeline.gate import gate_step, lost, priority_lost, reopen, settle
 from spalign.pipeline.judging import Judging, scorers_of
-from spalign.pipeline.launch_file import check_launch
-from spalign.pipeline.publish import check_outlets, publish
+from spalign.pipeline.prepare import prepare
+from spalign.pipeline.publish import publish
 from spalign.pipeline.report import write_report
 from spalign.pipeline.summary import agreement_of, summarise
 from spalign.pipeline.train import train_step
 from spalign.report import Progress, print_summary
 from spalign.selfeval import check_askable
-from spalign.store import RunFolder, write_atomic, write_json
+from spalign.store import write_json
 from spalign.types import Message, Prompt
 
 STAGES = ("sample", "evaluate", "refine", "denoise", "pair", "train")
-Mode = Literal["auto", "resume", "fresh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +60,14 @@ def run(
     folder = context.folder
     steps, models, judging = _plan(context)  # a model that is not there leaves no trace in the folder
     trained = [s.stage for s in steps if s.name == "train"]
-    _claim(context, mode)
+    claim(context, mode)
     try:
         if only is not None:
             reopen(trained[:-1])
             _greet(context, models[0], steps)
             return _one_stage(context, steps, only)
         _greet(context, models[0], steps)
-        _write_config(context)
+        write_config(context)
         if any(s.stage.manifest() is None for s in steps):
             reopen(trained)
         if until is not None:
@@ -101,10 +95,10 @@ def agree(
     """The first iteration's self-scores against those of `self_evaluation.reference_judge`, which must be named: only what that takes."""
     context = prepare(config, ui or Progress(quiet=True), make_engine)
     steps, models, judging = _plan(context)
-    _claim(context, mode)
+    claim(context, mode)
     try:
         _greet(context, models[0], steps)
-        _write_config(context)
+        write_config(context)
         first = [s for s in steps if s.stage.folder.is_relative_to(context.folder.path / "iteration-1")]
         _do([s for s in first if s.name in ("judge", "sample", "evaluate") and "/compare-" not in str(s.stage.folder)], context)
         found = agreement_of(context, steps, judging)
@@ -207,7 +201,7 @@ def _one_stage(run: Context, steps: Sequence[Step], only: str) -> Outcome:
                 f"'{only}' needs the stage '{before.name}' ({before.stage.folder}), which is not done",
                 hint=f"run: spalign {before.name} CONFIG",
             )
-    _write_config(run)
+    write_config(run)
     checks = [s for s in steps[:wanted] if s.name == "judge"]  # no command of its own: it is done where it is needed
     return Outcome(run.folder.path, None, _do([*checks, steps[wanted]], run))
 
@@ -218,142 +212,3 @@ def _prompts_by_iteration(run: Context) -> list[list[Prompt]]:
     if not run.config.new_prompts:
         return [run.train_prompts] * n
     return [run.train_prompts[i::n] for i in range(n)]
-
-
-def checks_of(config: RunConfig) -> list[Callable[[], Any]]:
-    """What the configuration alone can be refused for; each raises SpalignError by itself."""
-    recipes = [config, *(config.with_recipe(recipe) for recipe in config.compare)]
-    return [
-        partial(check_outlets, config),
-        partial(check_launch, config),
-        partial(_check_four_bits, config),
-        *(recipe.constitution_for_run for recipe in recipes),
-        partial(_check_judges, config),
-        partial(_check_data_from, config),
-        partial(_check_policy, config),
-    ]
-
-
-def _check_judges(config: RunConfig) -> None:
-    own = config.self_evaluation
-    if own.reference_judge is None and own.reference_scorer is not None:
-        raise ConfigError(
-            "self_evaluation.reference_scorer is for a reference judge, and there is none", hint="name it: self_evaluation.reference_judge"
-        )
-    if own.reference_judge is not None:
-        config.model_copy(update={"self_evaluation": own.of_reference()}).constitution_for_run()
-    others = {own.judge, own.reference_judge} - {None, config.model}
-    if others and config.engine.kind == config.judge_engine.kind == "ray" and not (config.engine.workers and config.judge_engine.workers):
-        raise ConfigError(
-            "engine.kind is ray, and a judge of its own needs workers beside the policy's, which takes all that there is room for",
-            hint="say how many each has, so that both find room: engine.workers, and self_evaluation.judge_engine for the judge's",
-        )
-
-
-def _check_four_bits(config: RunConfig) -> None:
-    if config.train.lora and config.train.lora.base_dtype == "nf4":
-        from spalign.engines.loading import need_bitsandbytes
-
-        need_bitsandbytes()
-
-
-def _check_data_from(config: RunConfig) -> None:
-    if config.data_from and not (Path(config.data_from) / "config.yaml").is_file():
-        raise ConfigError(f"data_from: {config.data_from} is no run", hint="name the folder of a run, or leave it out")
-
-
-def _check_policy(config: RunConfig) -> None:
-    if weights_of(config.model, config.engine) is None:
-        raise EngineError(
-            f"the policy '{config.model}' is only served, and a run trains its policy: that needs its weights here",
-            hint="name its hub id or folder: engine.tokenizer; a model that is only served can judge (self_evaluation.judge, judge_engine)",
-        )
-
-
-def prompts_of(config: RunConfig, source: PromptSource, ui: Progress) -> list[Prompt]:
-    """The prompts of one of the run's sets; what was left out of them is said. Raises PromptError."""
-    return prompt_sets.load_prompts(source, config.prompts, note=lambda text: ui.line(f"note: {text}", style="yellow"))
-
-
-def note_candidates(config: RunConfig, constitution: Constitution, ui: Progress) -> None:
-    """Say where there are too few candidates for a covariance."""
-    n, k = config.sample.n, len(constitution.objectives)
-    if n <= k:
-        ui.line(f"note: {n} candidates on {k} objectives always have det(Sigma) = 0; raise sample.n", style="yellow")
-
-
-def check_prompts(config: RunConfig, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
-    """Raises SpalignError where the sets overlap, or `new_prompts` has fewer of them than iterations."""
-    prompt_sets.check_disjoint(train, heldout)
-    if config.new_prompts and config.iterations > len(train):
-        raise ConfigError(
-            f"new_prompts: {config.iterations} iterations need at least {config.iterations} training prompts, there are {len(train)}",
-            hint="lower iterations",
-        )
-
-
-def prepare(config: RunConfig, ui: Progress, make_engine: EngineFactory | None) -> Context:
-    """Everything that can be checked before a model is loaded."""
-    for check in checks_of(config):
-        check()
-    constitution = config.constitution_for_run()
-    train, heldout = (prompts_of(config, source, ui) for source in (config.prompts.train, config.prompts.heldout))
-    check_prompts(config, train, heldout)
-    note_candidates(config, constitution, ui)
-
-    def own(name: str) -> Engine:
-        return load_engine(name, config.engine if name == config.model else config.engine.here())  # what the run made, no server has
-
-    def judge(name: str) -> Engine:
-        return load_engine(name, config.judge_engine)
-
-    makers = (make_engine or own, make_engine or judge)
-    return Context(config, constitution, RunFolder(config.folder), ui, train, heldout, *makers, shares_checks=make_engine is None)
-
-
-def _claim(run: Context, mode: Mode) -> None:
-    """Open the folder under the rules of `mode`."""
-    folder = run.folder
-    if mode == "resume" and not folder.exists():
-        raise RunFolderError(f"{folder.path}: no run to resume", hint="leave out --resume to start it")
-    if mode == "fresh" and folder.path_exists():
-        folder.open()  # not while another process works on it
-        folder.close()
-        run.ui.line(f"set the old run aside as {folder.set_aside()}")
-    if mode == "auto" and folder.has_work() and (changes := _changes(run)):
-        listed = "\n".join(f"  {c}" for c in changes[:12])
-        raise RunFolderError(
-            f"{folder.path} holds a run with another configuration:\n{listed}",
-            hint="--resume goes on and does again what depends on the change; --fresh sets the old run aside; or change the name",
-        )
-    folder.open()
-
-
-def _changes(run: Context) -> list[str]:
-    """Lines that differ between the folder's configuration and constitution and this run's."""
-    changed: list[str] = []
-    for name, value in _on_record(run).items():
-        path = run.folder.path / name
-        try:
-            old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise RunFolderError(f"{path}: cannot be read: {e}", hint="use --fresh to set the folder aside") from e
-        lines = difflib.unified_diff(_flat(old), _flat(value), n=0, lineterm="")
-        changed += [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-    return changed
-
-
-def _flat(value: Any, at: str = "") -> list[str]:
-    if isinstance(value, dict):
-        return [line for k in sorted(value) for line in _flat(value[k], f"{at}.{k}" if at else k)]
-    return [f"{at}: {value}"]
-
-
-def _on_record(run: Context) -> dict[str, dict[str, Any]]:
-    """What the folder says of how it was made."""
-    return {"config.yaml": run.config.on_record(), "constitution.yaml": run.constitution.model_dump(mode="json")}
-
-
-def _write_config(run: Context) -> None:
-    for name, value in _on_record(run).items():
-        write_atomic(run.folder.path / name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())

@@ -12,7 +12,7 @@ from spalign.config import RunConfig
 from spalign.engines.models import locate
 from spalign.errors import ConfigError, SpalignError
 from spalign.pipeline.judging import to_check
-from spalign.pipeline.run import check_prompts, checks_of, note_candidates, prompts_of
+from spalign.pipeline.prepare import check_prompts, checks_of, note_candidates, prompts_of
 from spalign.report import Progress
 from spalign.selfeval import load_judge, load_labelled
 from spalign.store import clear_errors, write_atomic
