@@ -1,10 +1,12 @@
 """One optimiser step's forward and backward pass: spalign against TRL's CPOTrainer (SimPO) on identical pairs.
 
     python benchmarks/train_step.py --json [--model demo | --shape llama-8b] [--device cpu] [--k 5 9] [--lora] [--response 200]
+        [--attention flex]
 
 All K(K-1)/2 pairs of K responses to a prompt. Each side has a process of its own, so that its peak memory is its own; the processes take
-turns and the quickest step of each counts. FLOPs are those that the pairs need when each prompt and response is run once, without anything
-that is computed twice. The gradients are compared in float32 (`--no-exact` leaves that out). Prints a line a K, then one JSON line.
+turns and the quickest step of each counts. Weights are bf16; adapters are float32 and work under bf16 autocast, as in a run. FLOPs are
+those that the pairs need when each prompt and response is run once, without anything that is computed twice. The gradients are compared in
+float32 (`--no-exact` leaves that out). Prints a line a K, then one JSON line.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=40, help="tokens of a prompt")
     parser.add_argument("--response", type=int, default=200, help="tokens of a response: 0.8 to 1.2 times this")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--attention", choices=("rows", "flex"), default="rows", help="spalign's, over a packed row")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="steps a process, the quickest counts")
     parser.add_argument("--trl-batch", type=int, default=20, help="most pairs in one forward pass of TRL's")
@@ -128,25 +131,35 @@ def _sync(device: str) -> None:
 
 def one_side(args: argparse.Namespace) -> dict[str, Any]:
     """Times steps of one side in this process; the first of several is the warm-up."""
-    import torch
 
     model, tokenizer = load(args)
     rows = data(tokenizer, args, args.k[0], args.prompts)
     step, groups = (ours if args.role == "ours" else theirs)(args, model, tokenizer, rows)
+    out = timed(args, model, step)
+    if args.gradient:
+        from safetensors.torch import save_file
+
+        save_file({n: p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}, args.gradient)
+    return {**out, **(needed(model, groups, args.lora) if groups else {})}
+
+
+def timed(args: argparse.Namespace, model: Any, step: Any) -> dict[str, Any]:
+    """The quickest step, the process's peak memory (on a GPU that of these steps), and the loss."""
+    import torch
+
+    if args.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(args.steps):
         model.zero_grad()
         _sync(args.device)
         began = time.perf_counter()
-        loss = step()
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.lora and args.dtype == "bfloat16"):
+            loss = step()
         _sync(args.device)
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if args.device == "cpu" else torch.cuda.max_memory_allocated()
-    if args.gradient:
-        from safetensors.torch import save_file
-
-        save_file({n: p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}, args.gradient)
-    return {"seconds": min(seconds), "peak_gb": peak / 1e9, "loss": loss, **(needed(model, groups, args.lora) if groups else {})}
+    return {"seconds": min(seconds), "peak_gb": peak / 1e9, "loss": loss}
 
 
 def needed(model: Any, groups: list[Any], lora: bool) -> dict[str, Any]:
@@ -170,6 +183,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
     dtype = getattr(torch, args.dtype)
     if args.shape:
+        torch.manual_seed(0)
         with torch.device(args.device):
             model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[args.shape]), dtype=dtype)
     else:
@@ -181,8 +195,12 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         if args.role == "ours":
             from spalign.training.batches import prepare
 
-            prepare(model)
+            prepare(model, args.attention)
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+        if args.role == "ours":
+            from spalign.training.adapters import cast_inputs_once
+
+            cast_inputs_once(model)
     return model.train(), tokenizer
 
 
@@ -209,7 +227,7 @@ def ours(args: argparse.Namespace, model: Any, tokenizer: Any, rows: list[dict[s
 
     config = SPAConfig(
         output_dir=tempfile.mkdtemp(), loss="simpo", use_cpu=args.device == "cpu", report_to="none", bf16=False,
-        per_device_train_batch_size=args.prompts,
+        per_device_train_batch_size=args.prompts, attention=args.attention,
     )  # fmt: skip
     inner = model.get_base_model() if args.lora else model
     trainer = SPATrainer(inner, config, rows, tokenizer)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.generation.continuous_batching import continuous_api
 
 from spalign.config import EngineConfig, config_from
-from spalign.engines import continuous
+from spalign.engines import continuous, flash
 from spalign.engines.base import Batching, Completion, GenerateRequest, Sampling
 from spalign.engines.continuous import ContinuousEngine
 from spalign.engines.make import load_engine
@@ -56,6 +60,50 @@ def test_answers_are_those_of_static_batches(engine: ContinuousEngine, plain: Tr
     assert {key: c for key, c in got.items() if "greedy" not in key[0]} == want
     assert len(got) == 2 * len(want)
     assert by_place(list(TransformersEngine.generate(engine, requests(how)))) == want
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, *, scale: float, window_size: tuple[int, int]
+) -> Tensor:
+    """What `flash.kernel` gives, sequence by sequence: q (tokens, heads, dim); k, v (cached and new tokens, kv heads, dim)."""
+    assert window_size[1] == 0
+    out = torch.empty_like(q)
+    for begin, end, first, last in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
+        assert 0 < end - begin <= max_q
+        assert end - begin <= last - first <= max_k
+        ahead = torch.arange(last - first - (end - begin), last - first)[:, None] - torch.arange(last - first)
+        seen = (ahead >= 0) & (ahead <= (window_size[0] if window_size[0] >= 0 else last - first))
+        own = (x.transpose(0, 1) for x in (q[begin:end], k[first:last], v[first:last]))
+        out[begin:end] = scaled_dot_product_attention(*own, attn_mask=seen, scale=scale, enable_gqa=True).transpose(0, 1)
+    return out
+
+
+def shape(name: str) -> dict[str, Any]:
+    """What a Mistral has in common with the Llama of this name."""
+    return {k: v for k, v in LlamaConfig.from_pretrained(name).to_diff_dict().items() if k not in ("model_type", "architectures")}
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_with_pytorch_s_flash_attention(tiny_model: Path, tmp_path: Path, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel is for GPUs (`test_cuda.py`); what it is given and what becomes of it is seen with a reference of it."""
+    name = str(tiny_model)
+    if window is not None:
+        MistralForCausalLM.from_pretrained(name, config=MistralConfig(**shape(name), sliding_window=window)).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(name).save_pretrained(tmp_path)
+        name = str(tmp_path)
+    calls = []
+    monkeypatch.setattr(flash, "serves", lambda _: True)
+    monkeypatch.setattr(flash, "kernel", lambda *a, **how: calls.append(how["window_size"]) or reference(*a, **how))
+    engine, plain = ContinuousEngine.load(name, SIDE_BY_SIDE), TransformersEngine.load(name, HERE)
+    own = engine.model.config._attn_implementation
+    for how in (Sampling(0.0, 1.0, 40), Sampling(1.0, 0.95, 30)):
+        assert by_place(list(engine.generate(requests(how)))) == by_place(list(plain.generate(requests(how))))
+    assert set(calls) == {(-1 if window is None else window - 1, 0)}
+    assert engine.model.config._attn_implementation == own
+    with pytest.raises(ValueError, match="caps its attention scores"):
+        flash.attention(
+            engine.model, *(torch.zeros(1, 1, 1, 1),) * 3, None, cache=None, cu_seq_lens_q=torch.zeros(2), max_length_q=1, softcap=5.0
+        )
 
 
 def test_answers_come_as_they_end_and_a_caller_may_leave(engine: ContinuousEngine, plain: TransformersEngine):

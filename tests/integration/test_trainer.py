@@ -36,6 +36,7 @@ from transformers import (
 from spalign.config import GuardConfig
 from spalign.errors import DataError, ModelError
 from spalign.training import head
+from spalign.training.adapters import cast_inputs_once
 from spalign.training.batches import Layout, collate, layout_for, prepare, response_logps
 from spalign.training.groups import TrainingGroup, TrainingPair
 from spalign.training.guard import CollapseGuard, Probe
@@ -259,6 +260,34 @@ def test_flex_attention_gives_the_numbers_of_a_row_of_its_own(family: str) -> No
     assert gap(got, gradient(model)) < 1e-4
 
 
+def test_the_inputs_of_adapters_are_not_cast_twice_and_the_step_is_peft_s_to_the_bit() -> None:
+    def seen(once: bool) -> tuple[Tensor, Tensor, int]:
+        base = llama().to(torch.bfloat16)
+        prepare(base)
+        torch.manual_seed(1)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+        if once:
+            cast_inputs_once(model)
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            means, _ = response_logps(model, collate(GROUPS, layout="packed", pad=PAD))
+        means.sum().backward()
+        grad = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+        with torch.no_grad():  # without autocast, PEFT's own cast
+            model.eval()(input_ids=torch.tensor([[BOS, 5, 6]]))
+        return means.detach(), grad, sum(kept.values())
+
+    (means, grad, less), (their_means, their_grad, more) = seen(True), seen(False)
+    assert torch.equal(means, their_means)
+    assert torch.equal(grad, their_grad)
+    assert less < 0.95 * more
+
+
 @pytest.mark.usefixtures("flex_on_cpu")
 @pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}, {"bf16": True}])
 def test_the_trainer_s_step_with_flex_attention(tmp_path: Path, truth: tuple[float, Tensor], how: dict[str, bool]) -> None:
@@ -347,8 +376,8 @@ def test_an_adapter_on_the_head_is_not_overlooked() -> None:
 def test_no_more_logits_than_a_tile_exist_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truth: tuple[float, Tensor], kept: int
 ) -> None:
-    monkeypatch.setattr(head, "_TILE", 8 * VOCAB)
-    monkeypatch.setattr(head, "_KEPT", kept)
+    monkeypatch.setitem(head.TILE, True, 8 * VOCAB)
+    monkeypatch.setitem(head.KEPT, True, kept)
     sizes: list[int] = []
     pull = head._Tile.pull
 

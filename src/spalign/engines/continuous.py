@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from spalign.config import EngineConfig
+from spalign.engines import flash
 from spalign.engines.base import Completion, GenerateRequest
 from spalign.engines.sampling import next_tokens, uniforms
 from spalign.engines.transformers import TransformersEngine
@@ -88,7 +89,13 @@ class ContinuousEngine(TransformersEngine):
         are this call's, and a caller who stops listening leaves nothing behind."""
         model: Any = self.model
         attention = model.config._attn_implementation
-        model.set_attn_implementation(_attention(model))
+        wanted = _attention(model)
+        if wanted == flash.NAME:
+            model.config._attn_implementation = (
+                wanted  # asked in its own way, transformers looks on the hub for whatever "flash" is part of
+            )
+        else:
+            model.set_attn_implementation(wanted)
         try:
             eos = sorted(self.tokens.eos)
             manager = model.init_continuous_batching(
@@ -151,13 +158,13 @@ class _SeededDraw(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 
 
 def _attention(model: Any) -> str:
-    """What continuous batching takes for its pages: flash attention where it is installed; never a kernel from the hub."""
+    """What continuous batching takes for its pages: flash attention where it is installed, else PyTorch's; never a kernel from the hub."""
     if model.device.type == "cuda" and model._supports_flash_attn:
         if is_flash_attn_3_available():
             return "flash_attention_3"
         if is_flash_attn_2_available():
             return "flash_attention_2"
-    return "sdpa"
+    return flash.register() if flash.serves(model) else "sdpa"
 
 
 @contextmanager

@@ -64,13 +64,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packed: dict[str, Any], *,
     masks: dict[int | None, BlockMask] = packed.setdefault("masks", {})
     if window not in masks:
         tokens, device = query.shape[2], query.device
-        # compiled, it never holds a yes or no for every two tokens
-        masks[window] = create_block_mask(seen(packed, window), None, None, tokens, tokens, device=device, _compile=device.type == "cuda")
+        masks[window] = mask_maker(device.type == "cuda")(seen(packed, window), None, None, tokens, tokens, device=device)
     if torch.is_autocast_enabled(query.device.type):  # positions are turned in float32
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    out: Tensor = kernel()(query, key, value, block_mask=masks[window], scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    # rows of less than a block would go to a kernel for decoding, which has no way of their lengths
+    how: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+    grouped = key.shape[1] != query.shape[1]
+    out: Tensor = kernel()(query, key, value, block_mask=masks[window], scale=scaling, enable_gqa=grouped, kernel_options=how)
     return out
+
+
+@functools.cache
+def mask_maker(compiled: bool) -> Callable[..., BlockMask]:
+    """Compiled, it never holds a yes or no for every two tokens."""
+    return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
 @functools.cache

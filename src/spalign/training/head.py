@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TILE = 1 << 25
-"""Logits of one tile (tokens times vocabulary): 128 MB in fp32, wide enough for the matrix units."""
-
-_KEPT = 1 << 27
-"""At most so many pulls (tokens times vocabulary) wait for the backward pass: 256 MB in bf16."""
+from spalign.training.tiles import KEPT, TILE
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -30,7 +26,7 @@ class _TokenLogps(torch.autograd.Function):
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         direction = torch.empty_like(hidden) if to_hidden else None
-        keeps = to_hidden and (to_weight or to_bias) and len(hidden) * len(weight) <= _KEPT
+        keeps = to_hidden and (to_weight or to_bias) and len(hidden) * len(weight) <= KEPT[hidden.device.type == "cpu"]
         kept = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device) if keeps else None
         tile = _Tile(len(hidden), weight, bias, scale, cap, dtype)
         for at in tile.slices:
@@ -72,7 +68,7 @@ class _Tile:
 
     def __init__(self, tokens: int, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None, dtype: torch.dtype) -> None:
         self.weight, self.bias, self.scale, self.cap = weight.to(dtype), bias, scale, cap
-        size = min(tokens, max(1, _TILE // len(weight)))
+        size = min(tokens, max(1, TILE[weight.device.type == "cpu"] // len(weight)))
         self.slices = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
         self.logits = torch.empty(size, len(weight), device=weight.device)
         self.products = torch.empty(size, len(weight), dtype=dtype, device=weight.device)

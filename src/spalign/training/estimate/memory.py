@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from spalign.training.estimate.plan import Plan
+from spalign.training.tiles import KEPT, TILE
 
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """B a weight in 4 bits: blocks of 64 with an 8-bit scale, 256 scales with an fp32 one (double quantisation)."""
-TILE = 1 << 25
-"""Logits in one tile of the LM head (`training/head.py`)."""
-KEPT = 1 << 27
-"""Logits of a batch up to which a trained head keeps what its weight's gradient needs (`training/head.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +121,20 @@ def layer_kept(plan: Plan) -> float:
       gate's output, its SiLU, up's output, their product (down's input), bf16                      8 f
     lora, qlora (bf16 base and residual stream):
       two norms: the residual stream cast to fp32; the inverse root                                 8 d + 8
-      inputs of the factors A, cast for each of q, k, v, gate, up; of o; of down                   10 d + 2 a + 2 f
+      inputs of the factors A: one of q, k, v, one of gate, up; of o; of down                       4 d + 2 a + 2 f
       gate's output, its SiLU, up's output                                                          6 f
       outputs of the seven A                                                                       14 r
-    dora: lora, and for each matrix its own output and the adapter's, which the magnitude scales    4 (sum of out)
+    dora: lora, but an input for each of q, k, v, gate, up                                          6 d
+      and for each matrix its own output and the adapter's, which the magnitude scales             4 (sum of out)
     """
     n, t = plan.model, plan.tokens
     d, f, a, c = n.hidden, n.intermediate, n.attention, n.kv
     rows = attention_rows(plan)
     keys = 4 * c * (rows.keys - rows.masked) + 4 * a * rows.masked
     attention = (4 * a + 4 * n.heads) * rows.queries + keys + 2 * rows.mask
-    token = 10 * d + 2 * a + 8 * f + (16 * d + 8 if plan.method == "full" else 8 * d + 8 + 14 * plan.rank)
+    token = 2 * a + 8 * f + (26 * d + 8 if plan.method == "full" else 12 * d + 8 + 14 * plan.rank)
     if plan.method == "dora":
-        token += 4 * sum(o for _, o in n.linears)
+        token += 6 * d + 4 * sum(o for _, o in n.linears)
     return float(attention + token * t)
 
 
@@ -157,7 +155,10 @@ def outer_kept(plan: Plan) -> float:
 
 def keeps_pulls(plan: Plan) -> bool:
     """Whether the head is trained and keeps every logit's gradient from the forward pass, instead of making the logits again."""
-    return not plan.adapted and plan.prompts_per_forward * plan.responses * plan.response_tokens * plan.model.vocab <= KEPT
+    return (
+        not plan.adapted
+        and plan.prompts_per_forward * plan.responses * plan.response_tokens * plan.model.vocab <= KEPT[plan.device.name == "cpu"]
+    )
 
 
 def kept(plan: Plan) -> float:
@@ -179,5 +180,6 @@ def _in_flight(plan: Plan) -> float:
 def _head(plan: Plan) -> float:
     """B of the LM head at work: a tile's logits in fp32 and in bf16, 6 B each; where the head is trained also its bf16 copy, a tile's
     share of its gradient in bf16, and the sum in fp32: 8 d V."""
-    logits = min(TILE // plan.model.vocab, plan.prompts_per_forward * plan.responses * plan.response_tokens) * plan.model.vocab
+    tile = TILE[plan.device.name == "cpu"] // plan.model.vocab
+    logits = min(tile, plan.prompts_per_forward * plan.responses * plan.response_tokens) * plan.model.vocab
     return 6.0 * logits + (0 if plan.adapted else 8 * plan.model.head)

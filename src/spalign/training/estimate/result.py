@@ -46,7 +46,7 @@ class Estimate:
         """Plain data for JSON."""
         plan = self.plan
         return {
-            "plan": {**asdict(plan), "prompts_per_step": plan.step_prompts},
+            "plan": {**asdict(plan), "prompts_per_step": plan.step_prompts, "efficiency": plan.reached},
             "parameters": plan.model.parameters,
             "trainable": plan.trainable,
             "memory": {**asdict(self.memory), "total": self.memory.total},
@@ -80,7 +80,7 @@ def estimate(plan: Plan) -> Estimate:
         steps=max(1, math.ceil(plan.prompts * plan.epochs / plan.step_prompts)),
         tokens_per_step=plan.step_prompts * plan.tokens,
         flops=flops,
-        compute_seconds=flops / (plan.devices * plan.device.flops * plan.efficiency),
+        compute_seconds=flops / (plan.devices * plan.device.flops * plan.reached),
         communication_seconds=traffic_of(plan) / rate,
         advice=() if fits is not False else tuple(_advice(plan)),
     )
@@ -137,8 +137,9 @@ def print_estimate(found: Estimate, console: Any) -> None:
     for line in found.advice:
         console.print(Text(f"  {line}"))
     table = Table(title="Time", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    said = "measured on an H200" if plan.efficiency is None else "as given"
     table.add_row("prompts a step", f"{plan.step_prompts:,} ({found.tokens_per_step:,} tokens, {found.flops:.2e} FLOPs)")
-    table.add_row("computation", f"{found.compute_seconds:,.2f} s a step, at {plan.efficiency:.0%} of the peak (assumed)")
+    table.add_row("computation", f"{found.compute_seconds:,.2f} s a step, at {plan.reached:.0%} of the peak ({said})")
     table.add_row("communication", f"{found.communication_seconds:,.2f} s a step, assumed to hide behind it")
     table.add_row("whole run", f"{found.hours:,.2f} h for {found.steps:,} steps", style="bold")
     share = plan.pairwise_tokens / plan.tokens
