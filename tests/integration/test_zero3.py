@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-3 on two CPU ranks, launched by accelerate with the configuration that ships: the weights are those of one process.
 
-DeepSpeed's installation wants torch to be there already. `make test` puts it into a folder of its own beside the environment, because transformers imports it wherever it finds it; by hand:
+DeepSpeed's installation wants torch to be there already. `make test` puts it into a folder of its own beside the environment, because
+transformers imports it wherever it finds it; by hand:
     DS_ACCELERATOR=cpu DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed
 """
 
@@ -68,7 +69,7 @@ def test_two_ranks_give_the_weights_of_one(tmp_path: Path, how: str, tied: bool,
 
 
 def worker(folder: Path, how: str, precision: str) -> None:
-    """One rank, under accelerate's launcher; ranks talk by gloo, without the kernel that DeepSpeed would compile for a minute for two CPUs."""
+    """One rank, under accelerate's launcher. They talk by gloo: DeepSpeed would compile a kernel of its own for CPUs for a minute."""
     import deepspeed.ops
     from test_trainer import arguments
     from transformers import AutoModelForCausalLM

@@ -137,8 +137,10 @@ def test_flops_by_hand() -> None:
 
 
 def test_an_h200_held_what_is_estimated() -> None:
-    """benchmarks/results/2026-11-27-h200.md: 56.0 GB for 5317 tokens of two prompts; without an optimiser, with PEFT's casts (6 d) and a tile of
-    twice the size (0.8 GB more)."""
+    """benchmarks/results/2026-11-27-h200.md: 56.0 GB for 5317 tokens of two prompts.
+
+    That is without an optimiser, with PEFT's casts (6 d a token), and with tiles of twice the size (0.8 GB more).
+    """
     plan = Plan(SHAPES["llama-8b"], DEVICES["h200"], "lora", prompt_tokens=41, response_tokens=512, prompts_per_forward=2)
     m = memory_of(plan)
     casts = 32 * 6 * 4096 * plan.tokens * 2
