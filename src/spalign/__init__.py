@@ -3,10 +3,14 @@
 The public API. Importing it loads no torch; `SPAConfig` and `SPATrainer` load it when first used.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes where it is installed, which then says that it misses a kernel: one without a backward pass, not used here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from spalign.config import RunConfig, load_config

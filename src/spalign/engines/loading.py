@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -26,9 +25,6 @@ from spalign.engines.attention import register
 from spalign.engines.models import resolve
 from spalign.engines.tokens import ChatTokens
 from spalign.errors import ModelError
-
-# on import it misses a kernel that has no backward pass and is not used here (`keep_backward`)
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def fast_bf16(device: str) -> bool:
