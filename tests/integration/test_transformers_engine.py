@@ -508,7 +508,7 @@ def test_autocast_answers_in_the_training_precision(tiny: TransformersEngine) ->
 
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("kv_heads", [9, 3, 1])
-@pytest.mark.parametrize("masked", ["none", "bool", "float"])
+@pytest.mark.parametrize("masked", ["none", "bool", "float", "a head", "positions"])
 def test_grouped_attention_is_sdpa(kv_heads: int, queries: int, masked: str) -> None:
     torch.manual_seed(kv_heads)
     batch, heads, keys, dim = 4, 9, 23, 16
@@ -516,15 +516,16 @@ def test_grouped_attention_is_sdpa(kv_heads: int, queries: int, masked: str) -> 
     k, v = torch.randn(batch, kv_heads, keys, dim), torch.randn(batch, kv_heads, keys, dim)
     mask = None
     if masked != "none":
-        mask = torch.rand(batch, 1, queries, keys) < 0.6
+        mask = torch.rand(batch, heads if masked == "a head" else 1, queries, keys) < 0.6
         mask[..., 0] = True
         if masked == "float":
             mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
     module = torch.nn.Module()
     module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
     module.is_causal = False  # type: ignore[assignment]
-    got, weights = grouped_attention(module, q, k, v, mask, scaling=0.3)
-    want, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3)
+    given = {"position_bias": torch.randn(1, heads, queries, keys)} if masked == "positions" else {}
+    got, weights = grouped_attention(module, q, k, v, mask, scaling=0.3, **given)
+    want, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3, **given)
     assert weights is None
     assert got.shape == (batch, queries, heads, dim)
     assert_close(got, want, atol=1e-5, rtol=0)

@@ -69,14 +69,14 @@ def test_two_ranks_give_the_weights_of_one(tmp_path: Path, how: str, tied: bool,
 
 
 def worker(folder: Path, how: str, precision: str) -> None:
-    """One rank, under accelerate's launcher. They talk by gloo: DeepSpeed would compile a kernel of its own for CPUs for a minute."""
+    """One rank, under accelerate's launcher."""
     import deepspeed.ops
     from test_trainer import arguments
     from transformers import AutoModelForCausalLM
 
     from spalign.training.trainer import SPATrainer
 
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.ops.__compatible_ops__ = {}  # ranks talk by gloo: an op of DeepSpeed's for that would be compiled for a minute
     args = arguments(  # before the model, see zero3_init_flag. Without gloo by name, accelerate knows DeepSpeed on GPUs only
         folder / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2, num_train_epochs=2, use_cpu=False,
         ddp_backend="gloo", dataloader_pin_memory=False, **SETTINGS[how],

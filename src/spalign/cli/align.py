@@ -168,7 +168,7 @@ def estimate_command(  # noqa: PLR0913, PLR0917  an option each
     epochs: Annotated[float, typer.Option(help="Passes over the prompts.", show_default=_OF_A_RUN + "1")] = 1.0,
     efficiency: Annotated[
         float | None,
-        typer.Option(help="Share of the device's peak that is reached.", show_default="measured on an H200: 0.49, adapters 0.33"),
+        typer.Option(help="Share of the device's peak that is reached.", show_default="what an H200 reached: 0.49, adapters 0.33"),
     ] = None,
     network_gb: Annotated[float, typer.Option(help="GB/s between nodes, a device, in one direction: an assumption.")] = 50.0,
     gflops: Annotated[float | None, typer.Option(help="The device's bf16 GFLOP/s.", show_default="the data sheet's")] = None,

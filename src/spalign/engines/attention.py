@@ -1,8 +1,7 @@
 """Attention for decoding: the query heads of one key/value head go through the kernel as rows of one query.
 
 For grouped-query models transformers repeats keys and values where there is a mask, and PyTorch's CPU kernel works row by row. For one new
-token the grouping gives the same sums in a fraction of the time: an eighth on a CPU (SmolLM2-135M, 64 rows), a tenth on an H200 (Llama 8B,
-128 rows); benchmarks/decode_attention.py measures it.
+token the grouping gives the same sums in a fraction of the time; benchmarks/decode_attention.py measures it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ def grouped_attention(
     """query: (batch, heads, queries, dim); key, value: (batch, kv heads, keys, dim). Returns (batch, queries, heads, dim)."""
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
-    if queries != 1 or heads == kv_heads:
+    plain = value.shape[-1] == dim and (attention_mask is None or attention_mask.shape[1] == 1) and kwargs.get("position_bias") is None
+    if queries != 1 or heads == kv_heads or not plain:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim)

@@ -89,13 +89,7 @@ class ContinuousEngine(TransformersEngine):
         are this call's, and a caller who stops listening leaves nothing behind."""
         model: Any = self.model
         attention = model.config._attn_implementation
-        wanted = _attention(model)
-        if wanted == flash.NAME:
-            model.config._attn_implementation = (
-                wanted  # asked in its own way, transformers looks on the hub for whatever "flash" is part of
-            )
-        else:
-            model.set_attn_implementation(wanted)
+        _use(model, _attention(model))
         try:
             eos = sorted(self.tokens.eos)
             manager = model.init_continuous_batching(
@@ -108,7 +102,7 @@ class ContinuousEngine(TransformersEngine):
                 manager.batch_processor = manager._create_batch_processor()
             yield manager
         finally:
-            model.set_attn_implementation(attention)
+            _use(model, attention)
 
     def _settings(self, work: Work) -> ContinuousBatchingConfig:
         cpu = self.model.device.type == "cpu"
@@ -159,12 +153,21 @@ class _SeededDraw(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 
 def _attention(model: Any) -> str:
     """What continuous batching takes for its pages: flash attention where it is installed, else PyTorch's; never a kernel from the hub."""
-    if model.device.type == "cuda" and model._supports_flash_attn:
-        if is_flash_attn_3_available():
+    if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16):
+        if model._supports_flash_attn and is_flash_attn_3_available():
             return "flash_attention_3"
-        if is_flash_attn_2_available():
+        if model._supports_flash_attn and is_flash_attn_2_available():
             return "flash_attention_2"
-    return flash.register() if flash.serves(model) else "sdpa"
+        if flash.serves(model):
+            return flash.register()
+    return "sdpa"
+
+
+def _use(model: Any, attention: str) -> None:
+    if flash.NAME in (attention, model.config._attn_implementation):
+        model.config._attn_implementation = attention  # see `flash.register`
+    else:
+        model.set_attn_implementation(attention)
 
 
 @contextmanager

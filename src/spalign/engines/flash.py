@@ -6,7 +6,9 @@ other. Its own flash attentions need packages that have to be built, or kernels 
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 NAME = "spalign_flash_pages"  # "flash": transformers then makes no mask
 _WIDEST = 256
+_AMPERE = (8, 0)
 
 
 def attention(  # noqa: PLR0913
@@ -23,7 +26,7 @@ def attention(  # noqa: PLR0913
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001
     *,
     cache: Any,
     cu_seq_lens_q: Tensor,
@@ -51,25 +54,34 @@ def attention(  # noqa: PLR0913
 
 def kernel(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **how: Any) -> Tensor:
     """query: (tokens, heads, dim); key, value: (cached and new tokens, kv heads, dim); the last query of a sequence sees its last key."""
+    return cast("Tensor", _varlen()(query, key, value, *lengths, **how))
+
+
+@functools.cache
+def _varlen() -> Callable[..., Any]:
+    """Told of the groups of heads where it wants to be: torch 2.11 does it unasked."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before torch 2.12 it is not asked for
-        how["enable_gqa"] = True
-    return cast("Tensor", varlen_attn(query, key, value, *lengths, **how))
+    asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if asks else varlen_attn
 
 
 def serves(model: Any) -> bool:
-    """Whether the kernel can run this model: half precision, on CUDA, with heads that it has room for, and a torch that has it."""
+    """Whether the kernel can run this model, on this GPU and with this torch."""
     text = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    here = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
+    takes = model._supports_flash_attn and model._can_set_attn_implementation()
     own = getattr(model, "_compatible_flash_implementations", None)  # such a model takes no other
-    known = torch.__version__ >= torch.torch_version.TorchVersion("2.10")
-    return bool(here and known and head_dim <= _WIDEST and model._supports_flash_attn and own is None)
+    known = torch.__version__ >= torch.torch_version.TorchVersion("2.11")
+    fits = head_dim % 8 == 0 and head_dim <= _WIDEST and not getattr(text, "attn_logit_softcapping", None)
+    return bool(takes and own is None and known and fits) and torch.cuda.get_device_capability(model.device) >= _AMPERE
 
 
 def register() -> str:
-    """Make the attention known to transformers; returns its name for `set_attn_implementation`."""
+    """Make the attention known to transformers; returns its name.
+
+    It goes straight into the model's configuration: asked to set it, transformers looks on the hub for whatever "flash" is part of.
+    """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, flash_attention_mask)
     return NAME

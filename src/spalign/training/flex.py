@@ -68,7 +68,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packed: dict[str, Any], *,
     if torch.is_autocast_enabled(query.device.type):  # positions are turned in float32
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    # rows of less than a block would go to a kernel for decoding, which has no way of their lengths
+    # for rows shorter than a block torch would choose its kernel for decoding, which finds no configuration for such lengths
     how: Any = {"FORCE_USE_FLEX_ATTENTION": True}
     grouped = key.shape[1] != query.shape[1]
     out: Tensor = kernel()(query, key, value, block_mask=masks[window], scale=scaling, enable_gqa=grouped, kernel_options=how)

@@ -15,7 +15,8 @@ METHODS: tuple[Method, ...] = ("full", "lora", "dora", "qlora")
 SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero3")
 
 EFFICIENCY = {"full": 0.49, "adapter": 0.33}
-"""Share of the data sheet's peak that a step reaches: measured on one H200 (8B, two prompts of 5 x 512 tokens in a forward pass)."""
+"""Share of the data sheet's peak that a step reaches. From one H200: 8B, two prompts of 5 x 512 tokens in a forward pass, the full weights
+in bf16 without autocast, and LoRA. Assumed for all other devices, sizes and methods."""
 NETWORK = 50e9
 """Assumed B/s in one direction between nodes, a device (400 Gbit/s); counts from the ninth device on."""
 

@@ -137,7 +137,7 @@ def print_estimate(found: Estimate, console: Any) -> None:
     for line in found.advice:
         console.print(Text(f"  {line}"))
     table = Table(title="Time", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    said = "measured on an H200" if plan.efficiency is None else "as given"
+    said = "assumed: an H200's share" if plan.efficiency is None else "as given"
     table.add_row("prompts a step", f"{plan.step_prompts:,} ({found.tokens_per_step:,} tokens, {found.flops:.2e} FLOPs)")
     table.add_row("computation", f"{found.compute_seconds:,.2f} s a step, at {plan.reached:.0%} of the peak ({said})")
     table.add_row("communication", f"{found.communication_seconds:,.2f} s a step, assumed to hide behind it")
