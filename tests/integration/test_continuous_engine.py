@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoTokenizer, LlamaConfig, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.generation.continuous_batching import continuous_api
 
 from spalign.config import EngineConfig, config_from
@@ -115,7 +115,7 @@ def test_with_pytorch_s_flash_attention(tiny_model: Path, tmp_path: Path, window
         ({"device": torch.device("cpu")}, "sdpa"),
         ({"hidden_size": 400}, "sdpa"),  # heads of 100
         ({"head_dim": 512}, "sdpa"),
-        ({"attn_logit_softcapping": 50.0}, "sdpa"),
+        ({"_attn_implementation": "eager"}, "paged|eager"),  # a model that PyTorch's kernels do not compute
         ({"_supports_flash_attn": False}, "sdpa"),
         ({"_compatible_flash_implementations": ["kernels-community/another"]}, "sdpa"),
         ({"capability": (7, 5)}, "sdpa"),
@@ -129,15 +129,31 @@ def test_which_attention_the_pages_get(changes: dict[str, Any], attention: str, 
     about = {
         "device": torch.device("cuda"), "dtype": torch.bfloat16, "_supports_flash_attn": True, "_can_set_attn_implementation": lambda: True,
         "_compatible_flash_implementations": None, "hidden_size": 512, "num_attention_heads": 4, "head_dim": None,
-        "attn_logit_softcapping": None, "capability": (9, 0), "torch": "2.11.0", "installed": 0, **changes,
+        "_attn_implementation": "sdpa", "capability": (9, 0), "torch": "2.11.0", "installed": 0, **changes,
     }  # fmt: skip
     model = SimpleNamespace(**about)
-    model.config = SimpleNamespace(get_text_config=lambda: model)
+    model.config = SimpleNamespace(get_text_config=lambda: model, _attn_implementation=about["_attn_implementation"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: about["capability"])
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(about["torch"]))
     for version in (2, 3):
         monkeypatch.setattr(continuous, f"is_flash_attn_{version}_available", lambda v=version: about["installed"] == v)
     assert continuous._attention(model) == attention
+
+
+def test_a_model_that_pytorch_s_kernels_do_not_compute_keeps_its_own_attention(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spalign.engines.loading.faithful", lambda _: "eager")
+    engine, plain = ContinuousEngine.load(str(tiny_model), SIDE_BY_SIDE), TransformersEngine.load(str(tiny_model), HERE)
+    how = Sampling(1.0, 0.95, 30)
+    assert by_place(list(engine.generate(requests(how)))) == by_place(list(plain.generate(requests(how))))
+    assert engine.model.config._attn_implementation == plain.model.config._attn_implementation == "eager"
+
+    AutoModelForCausalLM.from_config(Gemma2Config(**shape(str(tiny_model)), attn_logit_softcapping=5.0)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="Gemma2ForCausalLM caps its attention scores, which continuous batching leaves out") as e:
+        ContinuousEngine.load(str(tmp_path), SIDE_BY_SIDE)
+    assert e.value.hint == "engine.batching=static"
 
 
 def test_answers_come_as_they_end_and_a_caller_may_leave(engine: ContinuousEngine, plain: TransformersEngine):

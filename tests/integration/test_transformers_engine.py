@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spalign.config import EngineConfig
-from spalign.engines.attention import NAME, grouped_attention, register
+from spalign.engines.attention import NAME, faithful, grouped_attention, register
 from spalign.engines.base import Completion, GenerateRequest, Sampling
 from spalign.engines.loading import inference_dtype, load_model
 from spalign.engines.transformers import TransformersEngine, _common_prefix
@@ -75,7 +75,8 @@ SMALL: dict[str, Any] = {
 
 def tiny_engine(tokenizer: Any, config: Any) -> TransformersEngine:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=register(), dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.set_attn_implementation(faithful(model))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -144,6 +145,8 @@ def test_greedy_is_what_generate_gives(engine: TransformersEngine, plain: Any) -
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),  # in one of two layers
         ("Qwen3", {"head_dim": 8}),
         ("Phi3", {}),
+        ("Gemma2", {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0}),  # capped scores: no kernel of PyTorch's
+        ("GptOss", {"head_dim": 8, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),  # attention sinks: neither
     ],
 )
 def test_greedy_is_what_generate_gives_for_other_kinds_of_model(engine: TransformersEngine, kind: str, extra: dict[str, Any]) -> None:
@@ -529,6 +532,19 @@ def test_grouped_attention_is_sdpa(kv_heads: int, queries: int, masked: str) -> 
     assert weights is None
     assert got.shape == (batch, queries, heads, dim)
     assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"), [("Llama", {}), ("Gemma2", {"head_dim": 8}), ("GptOss", {"head_dim": 8, "num_local_experts": 2})]
+)
+def test_a_model_is_loaded_with_the_attention_that_it_is_made_for(
+    engine: TransformersEngine, tmp_path: Path, kind: str, extra: dict[str, Any]
+) -> None:
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **extra)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    engine.tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), EngineConfig(device="cpu"), dtype=torch.float32)
+    assert model.config._attn_implementation == (NAME if kind == "Llama" else "eager")
 
 
 def test_the_engine_runs_on_it(engine: TransformersEngine) -> None:

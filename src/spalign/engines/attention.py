@@ -32,6 +32,21 @@ def grouped_attention(
     return out.reshape(batch, 1, heads, dim), None
 
 
+def faithful(model: Any) -> str:
+    """The attention that computes what the model is: `grouped_attention` where PyTorch's kernels can, else the model's own plain one.
+
+    They know no soft cap of scores, which transformers then leaves out without a word (Gemma 2), and no attention sinks (gpt-oss).
+    """
+    if not model._can_set_attn_implementation():
+        return str(model.config._attn_implementation)
+    return "eager" if capped(model.config) or not model._supports_sdpa else register()
+
+
+def capped(config: Any) -> bool:
+    """Whether attention scores have a soft cap."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
 def register() -> str:
     """Make the attention known to transformers; returns its name for `attn_implementation`."""
     AttentionInterface.register(NAME, grouped_attention)

@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from spalign.config import EngineConfig
 from spalign.engines import flash
+from spalign.engines.attention import capped
 from spalign.engines.base import Completion, GenerateRequest
 from spalign.engines.sampling import next_tokens, uniforms
 from spalign.engines.transformers import TransformersEngine
@@ -52,6 +53,11 @@ class ContinuousEngine(TransformersEngine):
         engine = super().load(name, config)
         assert isinstance(engine, ContinuousEngine)
         engine.memory = config.memory
+        if capped(engine.model.config):
+            raise ConfigError(
+                f"{type(engine.model).__name__} caps its attention scores, which continuous batching leaves out",
+                hint="engine.batching=static",
+            )
         if config.memory is not None and config.memory > 1:
             raise ConfigError(f"engine.memory {config.memory}: it is a share of the GPU's free memory, at most 1", hint="for example 0.5")
         return engine
@@ -153,6 +159,8 @@ class _SeededDraw(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 
 def _attention(model: Any) -> str:
     """What continuous batching takes for its pages: flash attention where it is installed, else PyTorch's; never a kernel from the hub."""
+    if model.config._attn_implementation == "eager":  # see `faithful`
+        return "paged|eager"
     if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16):
         if model._supports_flash_attn and is_flash_attn_3_available():
             return "flash_attention_3"

@@ -73,7 +73,7 @@ def serves(model: Any) -> bool:
     takes = model._supports_flash_attn and model._can_set_attn_implementation()
     own = getattr(model, "_compatible_flash_implementations", None)  # such a model takes no other
     known = torch.__version__ >= torch.torch_version.TorchVersion("2.11")
-    fits = head_dim % 8 == 0 and head_dim <= _WIDEST and not getattr(text, "attn_logit_softcapping", None)
+    fits = head_dim % 8 == 0 and head_dim <= _WIDEST
     return bool(takes and own is None and known and fits) and torch.cuda.get_device_capability(model.device) >= _AMPERE
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from spalign.config import EngineConfig
-from spalign.engines.attention import register
+from spalign.engines.attention import faithful
 from spalign.engines.models import resolve
 from spalign.engines.tokens import ChatTokens
 from spalign.errors import ModelError
@@ -58,11 +58,10 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal[
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
         how = _four_bits(config) if dtype == "nf4" else {"dtype": dtype}
-        model = AutoModelForCausalLM.from_pretrained(
-            where, **how, trust_remote_code=config.trust_remote_code, use_safetensors=True, attn_implementation=register()
-        )
+        model = AutoModelForCausalLM.from_pretrained(where, **how, trust_remote_code=config.trust_remote_code, use_safetensors=True)
     except _UNREADABLE as e:
         raise _unreadable(name, e) from e
+    model.set_attn_implementation(faithful(model))
     if dtype == "nf4":  # it is where it belongs
         keep_backward(model)
         return model, tokenizer

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spalign.engines.attention import NAME as GROUPED_DECODING
+from spalign.engines.attention import capped
 from spalign.engines.loading import keep_backward
 from spalign.errors import ModelError
 from spalign.training.attention import NAME, lay_out, register
@@ -124,6 +125,8 @@ def prepare(model: Any, attention: Literal["rows", "flex"] = "rows") -> Layout:
     if getattr(model, "spalign_attention", None) == attention:
         return model.spalign_layout  # type: ignore[no-any-return]
     wanted, own = layout_for(model.config), model.config._attn_implementation
+    if capped(model.config) and own == "sdpa":
+        own = "eager"  # by default transformers leaves the cap out
     if attention == "flex":
         check_device(model.device)
         check_dropout(model.config)
@@ -214,4 +217,4 @@ def layout_for(config: Any) -> Layout:
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     plain = kinds <= {"full_attention", "sliding_attention"} and rotary and not getattr(text, "alibi", False)
     sdpa = (getattr(text, "_attn_implementation", None) or "sdpa") in ("sdpa", NAME, GROUPED_DECODING)
-    return "packed" if plain and sdpa and not getattr(text, "attn_logit_softcapping", None) else "padded"
+    return "packed" if plain and sdpa and not capped(config) else "padded"
