@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, MistralForCausalLM
 from transformers.generation.continuous_batching import continuous_api
 
 from spalign.config import EngineConfig, config_from
@@ -116,6 +116,8 @@ def test_with_pytorch_s_flash_attention(tiny_model: Path, tmp_path: Path, window
         ({"hidden_size": 400}, "sdpa"),  # heads of 100
         ({"head_dim": 512}, "sdpa"),
         ({"_attn_implementation": "eager"}, "paged|eager"),  # a model that PyTorch's kernels do not compute
+        ({"_attn_implementation": "eager", "installed": 2}, "flash_attention_2"),
+        ({"_compatible_flash_implementations": ["kernels-community/another"], "installed": 2}, "sdpa"),
         ({"_supports_flash_attn": False}, "sdpa"),
         ({"_compatible_flash_implementations": ["kernels-community/another"]}, "sdpa"),
         ({"capability": (7, 5)}, "sdpa"),
@@ -140,19 +142,31 @@ def test_which_attention_the_pages_get(changes: dict[str, Any], attention: str, 
     assert continuous._attention(model) == attention
 
 
-def test_a_model_that_pytorch_s_kernels_do_not_compute_keeps_its_own_attention(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("spalign.engines.loading.faithful", lambda _: "eager")
-    engine, plain = ContinuousEngine.load(str(tiny_model), SIDE_BY_SIDE), TransformersEngine.load(str(tiny_model), HERE)
-    how = Sampling(1.0, 0.95, 30)
-    assert by_place(list(engine.generate(requests(how)))) == by_place(list(plain.generate(requests(how))))
+def test_a_model_that_pytorch_s_kernels_do_not_compute_keeps_its_own_attention(tiny_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        GptOssConfig(**shape(str(tiny_model)), num_local_experts=2, num_experts_per_tok=2, sliding_window=20)
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(2.0)
+    model.save_pretrained(tmp_path / "sinks")
+    AutoModelForCausalLM.from_config(Gemma2Config(**shape(str(tiny_model)), attn_logit_softcapping=5.0)).save_pretrained(tmp_path / "caps")
+    for folder in ("sinks", "caps"):
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / folder)
+    engine, plain = ContinuousEngine.load(str(tmp_path / "sinks"), SIDE_BY_SIDE), TransformersEngine.load(str(tmp_path / "sinks"), HERE)
+    how = Sampling(0.0, 1.0, 30)
+    want = by_place(list(plain.generate(requests(how))))
+    assert by_place(list(engine.generate(requests(how)))) == want
     assert engine.model.config._attn_implementation == plain.model.config._attn_implementation == "eager"
+    for layer in plain.model.model.layers:
+        layer.self_attn.sinks.data.fill_(-1e9)
+    assert by_place(list(plain.generate(requests(how)))) != want  # they count
 
-    AutoModelForCausalLM.from_config(Gemma2Config(**shape(str(tiny_model)), attn_logit_softcapping=5.0)).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="Gemma2ForCausalLM caps its attention scores, which continuous batching leaves out") as e:
-        ContinuousEngine.load(str(tmp_path), SIDE_BY_SIDE)
+    with pytest.raises(ConfigError, match="Gemma2ForCausalLM caps its attention scores: continuous batching needs flash-attn") as e:
+        ContinuousEngine.load(str(tmp_path / "caps"), SIDE_BY_SIDE)
     assert e.value.hint == "engine.batching=static"
 
 

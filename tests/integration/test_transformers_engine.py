@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,7 +147,8 @@ def test_greedy_is_what_generate_gives(engine: TransformersEngine, plain: Any) -
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),  # in one of two layers
         ("Qwen3", {"head_dim": 8}),
         ("Phi3", {}),
-        ("Gemma2", {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0}),  # capped scores: no kernel of PyTorch's
+        # capped scores: no kernel of PyTorch's
+        ("Gemma2", {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 1}),
         ("GptOss", {"head_dim": 8, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),  # attention sinks: neither
     ],
 )
@@ -156,6 +159,9 @@ def test_greedy_is_what_generate_gives_for_other_kinds_of_model(engine: Transfor
     want = {(str(i), 0): generated(other.model, other.encode_chat(user(t)), 16) for i, t in enumerate(TEXTS)}
     assert len(set(want.values())) == 4
     assert got == want
+    if kind == "Gemma2":  # and without the cap it would have been another answer
+        other.model.set_attn_implementation("sdpa")
+        assert {(str(i), 0): generated(other.model, other.encode_chat(user(t)), 16) for i, t in enumerate(TEXTS)} != want
 
 
 def test_samples_do_not_depend_on_batch_size_order_or_company(engine: TransformersEngine) -> None:
@@ -535,16 +541,54 @@ def test_grouped_attention_is_sdpa(kv_heads: int, queries: int, masked: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "extra"), [("Llama", {}), ("Gemma2", {"head_dim": 8}), ("GptOss", {"head_dim": 8, "num_local_experts": 2})]
+    ("kind", "extra", "attention"),
+    [
+        ("Llama", {}, NAME),
+        ("Llama", {"attn_implementation": "flash_attention_2"}, NAME),  # what its file says is for others
+        ("Gemma2", {"head_dim": 8}, "eager"),
+        ("GptOss", {"head_dim": 8, "num_local_experts": 2}, "eager"),
+        ("Mamba", {"state_size": 4}, None),
+    ],
 )
 def test_a_model_is_loaded_with_the_attention_that_it_is_made_for(
-    engine: TransformersEngine, tmp_path: Path, kind: str, extra: dict[str, Any]
+    engine: TransformersEngine, tmp_path: Path, kind: str, extra: dict[str, Any], attention: str | None
 ) -> None:
-    config = getattr(transformers, f"{kind}Config")(**SMALL, **extra)
+    said = {"attn_implementation": extra["attn_implementation"]} if "attn_implementation" in extra else {}
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **{k: v for k, v in extra.items() if k not in said})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     engine.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    if attention is None:  # a state in place of keys and values: its answers would be without their past
+        with pytest.raises(ModelError, match="MambaForCausalLM does not use transformers' attention interface") as e:
+            load_model(str(tmp_path), EngineConfig(device="cpu"), dtype=torch.float32)
+        assert "engine.kind=vllm" in e.value.hint
+        return
     model, _ = load_model(str(tmp_path), EngineConfig(device="cpu"), dtype=torch.float32)
-    assert model.config._attn_implementation == (NAME if kind == "Llama" else "eager")
+    assert model.config._attn_implementation == attention
+
+
+def test_attention_over_chosen_keys_keeps_transformers_name() -> None:
+    about = SimpleNamespace(_attn_implementation="sdpa", index_topk=8)
+    about.get_text_config = lambda: about
+    model = SimpleNamespace(config=about, _supports_sdpa=True, _supports_attention_backend=True, _can_set_attn_implementation=lambda: True)
+    assert faithful(model) == "sdpa"
+    about.index_topk = None
+    assert faithful(model) == NAME
+    about.attn_logit_softcapping, model._can_set_attn_implementation = 30.0, lambda: False
+    with pytest.raises(ModelError, match="caps its attention scores, and transformers cannot be told to do so"):
+        faithful(model)
+
+
+def test_attention_that_holds_every_score_gets_fewer_rows(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tiny_engine(
+        engine.tokenizer, transformers.GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=2, sliding_window=16)
+    )
+    want = by_key(other.generate(requests_for(TEXTS)))
+    longest = max(len(other.encode_chat(user(t))) for t in TEXTS)
+    monkeypatch.setattr("spalign.engines.transformers._SCORES", 2 * SMALL["num_attention_heads"] * longest**2)
+    assert [len(b) for b in other.batches(requests_for(TEXTS))] == [2, 2]
+    assert by_key(other.generate(requests_for(TEXTS))) == want
 
 
 def test_the_engine_runs_on_it(engine: TransformersEngine) -> None:

@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from spalign.errors import ModelError
+
 NAME = "spalign_grouped_sdpa"
 
 
@@ -33,13 +35,27 @@ def grouped_attention(
 
 
 def faithful(model: Any) -> str:
-    """The attention that computes what the model is: `grouped_attention` where PyTorch's kernels can, else the model's own plain one.
+    """The attention that computes what the model is: `grouped_attention` where PyTorch's kernels can, else one of transformers'.
 
-    They know no soft cap of scores, which transformers then leaves out without a word (Gemma 2), and no attention sinks (gpt-oss).
+    They know no soft cap of scores, which transformers then leaves out without a word (Gemma 2), and no attention sinks (gpt-oss). A choice
+    of keys (DeepSeek's indexer) is only taken by attention of transformers' own names. Raises ModelError for models whose past is no keys
+    and values of attention (Mamba), which would answer without it, and for capped ones that cannot be told.
     """
+    own, kind = str(model.config._attn_implementation), type(model).__name__
+    if not (model._supports_sdpa or model._supports_attention_backend):
+        raise ModelError(f"{kind} does not use transformers' attention interface, on which this engine builds", hint=_ELSEWHERE)
     if not model._can_set_attn_implementation():
-        return str(model.config._attn_implementation)
-    return "eager" if capped(model.config) or not model._supports_sdpa else register()
+        if capped(model.config) and own != "eager":
+            raise ModelError(f"{kind} caps its attention scores, and transformers cannot be told to do so for its code", hint=_ELSEWHERE)
+        return own
+    if capped(model.config) or not model._supports_sdpa:
+        return "eager"
+    text = model.config.get_text_config()
+    chooses = getattr(text, "index_topk", None) or getattr(text, "index_topk_blocks", None)
+    return "sdpa" if chooses else register()
+
+
+_ELSEWHERE = "run it with engine.kind=vllm, or behind a server (engine.kind=openai)"
 
 
 def capped(config: Any) -> bool:

@@ -53,10 +53,12 @@ class ContinuousEngine(TransformersEngine):
         engine = super().load(name, config)
         assert isinstance(engine, ContinuousEngine)
         engine.memory = config.memory
-        if capped(engine.model.config):
+        model, kind = engine.model, type(engine.model).__name__
+        if not (model._can_set_attn_implementation() and model._supports_attention_backend):
+            raise ConfigError(f"{kind} takes no attention over pages", hint="engine.batching=static")
+        if capped(model.config) and "flash_attention" not in _attention(model):
             raise ConfigError(
-                f"{type(engine.model).__name__} caps its attention scores, which continuous batching leaves out",
-                hint="engine.batching=static",
+                f"{kind} caps its attention scores: continuous batching needs flash-attn for that", hint="engine.batching=static"
             )
         if config.memory is not None and config.memory > 1:
             raise ConfigError(f"engine.memory {config.memory}: it is a share of the GPU's free memory, at most 1", hint="for example 0.5")
@@ -159,16 +161,16 @@ class _SeededDraw(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 
 def _attention(model: Any) -> str:
     """What continuous batching takes for its pages: flash attention where it is installed, else PyTorch's; never a kernel from the hub."""
-    if model.config._attn_implementation == "eager":  # see `faithful`
-        return "paged|eager"
+    plain = model.config._attn_implementation == "eager"  # see `faithful`
     if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16):
-        if model._supports_flash_attn and is_flash_attn_3_available():
+        own = getattr(model, "_compatible_flash_implementations", None)  # such a model takes no other: kernels from the hub
+        if model._supports_flash_attn and own is None and is_flash_attn_3_available():
             return "flash_attention_3"
-        if model._supports_flash_attn and is_flash_attn_2_available():
+        if model._supports_flash_attn and own is None and is_flash_attn_2_available():
             return "flash_attention_2"
-        if flash.serves(model):
+        if not plain and flash.serves(model):
             return flash.register()
-    return "sdpa"
+    return "paged|eager" if plain else "sdpa"
 
 
 def _use(model: Any, attention: str) -> None:
@@ -183,7 +185,7 @@ def _told() -> Iterator[None]:
     """What goes wrong in transformers' own steps, a lack of memory above all, as an EngineError."""
     try:
         yield
-    except (MemoryError, RuntimeError, ValueError) as e:
+    except (AttributeError, MemoryError, RuntimeError, TypeError, ValueError) as e:
         raise _failed("as a whole", str(e) or type(e).__name__) from e
 
 

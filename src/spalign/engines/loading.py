@@ -58,10 +58,12 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal[
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
         how = _four_bits(config) if dtype == "nf4" else {"dtype": dtype}
-        model = AutoModelForCausalLM.from_pretrained(where, **how, trust_remote_code=config.trust_remote_code, use_safetensors=True)
+        how |= {"trust_remote_code": config.trust_remote_code, "attn_implementation": None}  # not what its files say
+        model = AutoModelForCausalLM.from_pretrained(where, **how, use_safetensors=True)
+        if (attention := faithful(model)) != model.config._attn_implementation:
+            model.set_attn_implementation(attention)
     except _UNREADABLE as e:
         raise _unreadable(name, e) from e
-    model.set_attn_implementation(faithful(model))
     if dtype == "nf4":  # it is where it belongs
         keep_backward(model)
         return model, tokenizer

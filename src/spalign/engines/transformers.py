@@ -22,6 +22,7 @@ from spalign.engines.tokens import ChatTokens, TokenEngine
 T = TypeVar("T")
 _SHARE_FROM = 8  # a common prefix shorter than this is not worth a pass of its own
 _PASS_TOKENS = {True: 1024, False: 16_384}  # prompt tokens in one forward pass, on a CPU and elsewhere
+_SCORES = 1 << 28  # of attention that holds them all: 2 GB in all its copies
 
 
 class TransformersEngine(TokenEngine):
@@ -59,7 +60,16 @@ class TransformersEngine(TokenEngine):
         """(tokens of the prompt, request, which of its seeds) by length, some at a time."""
         work = self._work(requests)
         work.sort(key=lambda w: (w[1].sampling.max_new_tokens, len(w[0]), w[1].id, w[2]))
-        return [work[start : start + self.batch_size] for start in range(0, len(work), self.batch_size)]
+        rows = self.batch_size
+        if self._eager and work:  # a prefill may be one pass of all rows
+            heads, longest = self.model.config.get_text_config().num_attention_heads, max(len(ids) for ids, _, _ in work)
+            rows = max(1, min(rows, _SCORES // (heads * longest**2)))
+        return [work[start : start + rows] for start in range(0, len(work), rows)]
+
+    @property
+    def _eager(self) -> bool:
+        """Whether attention holds every score at once (`faithful`)."""
+        return str(self.model.config._attn_implementation) == "eager"
 
     def _generate_batch(self, work: list[tuple[list[int], GenerateRequest, int]]) -> Iterator[Completion]:
         rows = list(range(len(work)))  # row of the batch -> index into `work`
@@ -144,7 +154,7 @@ class TransformersEngine(TokenEngine):
         roots = prefix_tree(sequences, limits if plain else [0] * len(limits), share_from=_SHARE_FROM)
         device = self.model.device
         # logits of every position are large: passes that ask for them are small
-        per_pass = _PASS_TOKENS[device.type == "cpu" or asked.get("logits_to_keep") == 0]
+        per_pass = _PASS_TOKENS[device.type == "cpu" or self._eager or asked.get("logits_to_keep") == 0]
 
         def descend(nodes: list[tuple[int, Node]], cache: DynamicCache, mask: Tensor) -> Iterator[tuple[list[int], Any]]:
             """nodes: (row of the parent in `cache`, node)."""
@@ -197,7 +207,7 @@ class TransformersEngine(TokenEngine):
         if shared:
             ids = torch.tensor([prompts[0][:shared]], device=device)
             self._forward(ids, torch.ones_like(ids), head)
-        per_pass = _PASS_TOKENS[device.type == "cpu"] if plain else len(prompts) * max(map(len, prompts))
+        per_pass = _PASS_TOKENS[device.type == "cpu" or self._eager] if plain else len(prompts) * max(map(len, prompts))
         for some in _by_tokens(prompts, lambda p: len(p) - shared, per_pass, self.batch_size):
             cache = copy.deepcopy(head)
             if shared:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spalign.engines.attention import NAME as GROUPED_DECODING
-from spalign.engines.attention import capped
+from spalign.engines.attention import capped, faithful
 from spalign.engines.loading import keep_backward
 from spalign.errors import ModelError
 from spalign.training.attention import NAME, lay_out, register
@@ -126,7 +126,7 @@ def prepare(model: Any, attention: Literal["rows", "flex"] = "rows") -> Layout:
         return model.spalign_layout  # type: ignore[no-any-return]
     wanted, own = layout_for(model.config), model.config._attn_implementation
     if capped(model.config) and own == "sdpa":
-        own = "eager"  # by default transformers leaves the cap out
+        own = faithful(model)  # by default transformers leaves the cap out
     if attention == "flex":
         check_device(model.device)
         check_dropout(model.config)
