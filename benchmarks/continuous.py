@@ -53,8 +53,11 @@ def main() -> None:
     for engine in engines.values():
         engine.tokens.eos = frozenset()  # lengths are those that were drawn
     lengths = [r.sampling.max_new_tokens for r in asked]
-    ways: dict[str, Callable[[], list[int]]] = {name: lambda e=engine: drain(e, asked) for name, engine in engines.items()}  # type: ignore[misc]
-    ways["generate"] = lambda: generate(model, tokenizer, engines["static"], asked, args)
+    ways: dict[str, Callable[[], list[int]]] = {
+        "continuous": lambda: drain(engines["continuous"], asked),
+        "generate": lambda: generate(model, tokenizer, engines["static"], asked, args),
+        "static": lambda: drain(engines["static"], asked),
+    }
     if args.masked:
         ways["continuous_masked"] = lambda: masked(lambda: drain(engines["continuous"], asked))
     out: dict[str, Any] = {}
