@@ -4,10 +4,11 @@
         [--attention flex]
 
 All K(K-1)/2 pairs of K responses to a prompt. Each side has a process of its own, so that its peak memory is its own; the processes take
-turns and the quickest step of each counts. All weights are bf16 (in a run those that are trained
-are float32, under autocast); adapters are float32 and work under bf16 autocast, as in a run. FLOPs are those that the pairs need when each
-prompt and response is run once, without anything that is computed twice. The gradients are compared in float32 (`--no-exact` leaves that
-out). Prints a line a K, then one JSON line.
+turns and the quickest step of each counts. All weights are bf16 (in a run those that are trained are float32, under autocast); adapters are
+float32 and work under bf16 autocast, as in a run. FLOPs are those that the pairs need when each prompt and response is run once, without
+anything that is computed twice. The gradients are compared in float32 (`--no-exact` leaves that out).
+
+Prints a line a K, then one JSON line.
 """
 
 from __future__ import annotations
@@ -132,7 +133,6 @@ def _sync(device: str) -> None:
 
 def one_side(args: argparse.Namespace) -> dict[str, Any]:
     """Times steps of one side in this process; the first of several is the warm-up."""
-
     model, tokenizer = load(args)
     rows = data(tokenizer, args, args.k[0], args.prompts)
     step, groups = (ours if args.role == "ours" else theirs)(args, model, tokenizer, rows)

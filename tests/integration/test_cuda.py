@@ -6,7 +6,6 @@ Models are small and random, and bring their own tokenizer, so nothing but CUDA 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +14,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from peft import get_peft_model
-from test_qlora import adapter, dequantised
-from test_trainer import ALPHA, BOS, GROUPS, PAD, eq3, gap, gradient, ids, llama, own_rows, split, tokenizer, trainer_for
+from test_qlora import WIDE, adapter, bitsandbytes, dequantised, four_bits, gap_to, saved
+from test_trainer import BOS, GROUPS, PAD, eq3, gap, gradient, ids, llama, own_rows, split, trainer_for
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -25,7 +23,6 @@ from spalign.config import EngineConfig
 from spalign.engines import continuous, flash
 from spalign.engines.base import Completion, GenerateRequest, Sampling
 from spalign.engines.continuous import ContinuousEngine
-from spalign.engines.loading import load_model
 from spalign.engines.transformers import TransformersEngine
 from spalign.training.batches import _to, collate, prepare, response_logps
 from spalign.training.groups import TrainingGroup
@@ -34,9 +31,14 @@ from spalign.types import Message
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # heads of 16: the least that flex attention's kernel takes
 Attention = Literal["rows", "flex"]
 LAYOUT = {"rows": "packed", "flex": "flex"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its heads of 16 are the least that flex attention's kernel takes."""
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)
@@ -116,41 +118,19 @@ def test_training_goes_down_and_comes_back(tmp_path: Path, attention: Attention)
 # -- four bits ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'spalign[qlora]'")
+@bitsandbytes
 @pytest.mark.parametrize("attention", ["rows", "flex"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_the_gradient_on_four_bits_is_that_of_the_dequantised_base(tmp_path: Path, dora: bool, attention: Attention) -> None:
-    llama(**WIDE).save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(tmp_path / "base")
-    model, _ = load_model(str(tmp_path / "base"), EngineConfig(device="cuda", dtype="float32"), dtype="nf4")
+def test_the_gradient_on_four_bits_is_that_of_the_dequantised_base(tmp_path: Path, folder: Path, dora: bool, attention: Attention) -> None:
+    model = four_bits(folder, device="cuda")
     assert sum(p.dtype == torch.uint8 for p in model.parameters()) == 14
     plain = dequantised(model)
     changes = {"init_lora_weights": False, "use_dora": dora}
     trainer = trainer_for(tmp_path, model, peft_config=adapter(**changes), use_cpu=False, attention=attention)
-    reference = get_peft_model(plain, adapter(**changes))
-    mine = {k: p for k, p in trainer.model.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for k, p in reference.named_parameters():
-            if p.requires_grad:
-                p.copy_(mine[k])
-    loss = on_gpu(trainer, attention)
-    truth = eq3(reference, GROUPS, alpha=ALPHA)
-    truth.backward()
-    assert loss == pytest.approx(float(truth.detach()), rel=1e-5)
-    theirs = dict(reference.named_parameters())
-    flat = [torch.cat([of[k].grad.reshape(-1).cpu() for k in mine]) for of in (mine, theirs)]  # type: ignore[union-attr]
-    assert gap(*flat) < 1e-4
+    assert gap_to(plain, trainer, changes, lambda: on_gpu(trainer, attention)) < 1e-4
 
 
 # -- generating --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    llama(**WIDE).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def asked(how: Sampling, count: int = 9) -> list[GenerateRequest]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from spalign.engines.loading import load_model
 from spalign.errors import ConfigError, ModelError
 from spalign.pipeline import launch_file
 from spalign.training.batches import collate, prepare, response_logps
+from spalign.training.trainer import SPATrainer
 
 bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'spalign[qlora]'"
@@ -30,14 +32,18 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}  # a block of NF4 is 64 num
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
+    return saved(tmp_path_factory.mktemp("base"))
+
+
+def saved(folder: Path) -> Path:
+    """A random model in `folder`, with its tokenizer."""
     llama(**WIDE).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
 
-def four_bits(folder: Path, dtype: str = "float32") -> PreTrainedModel:
-    model, _ = load_model(str(folder), EngineConfig(device="cpu", dtype=dtype), dtype="nf4")
+def four_bits(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    model, _ = load_model(str(folder), EngineConfig(device=device, dtype=dtype), dtype="nf4")
     return model
 
 
@@ -60,6 +66,22 @@ def adapter(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
 
 
+def gap_to(plain: PreTrainedModel, trainer: SPATrainer, changes: dict[str, Any], loss_of: Callable[[], float]) -> float:
+    """Of the adapter's gradient to that of the same adapter on `plain`; both have the same loss. loss_of: takes the trainer's step."""
+    reference = get_peft_model(plain, adapter(**changes))
+    mine = {k: p for k, p in trainer.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for k, p in reference.named_parameters():
+            if p.requires_grad:
+                p.copy_(mine[k])
+    loss = loss_of()
+    truth = eq3(reference, GROUPS, alpha=ALPHA)
+    truth.backward()
+    assert loss == pytest.approx(float(truth.detach()), rel=1e-5)
+    theirs = dict(reference.named_parameters())
+    return gap(*(torch.cat([of[k].grad.reshape(-1).cpu() for k in mine]) for of in (mine, theirs)))
+
+
 @bitsandbytes
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_gradient_is_that_of_the_dequantised_base(tmp_path: Path, folder: Path, dora: bool) -> None:
@@ -73,21 +95,10 @@ def test_the_gradient_is_that_of_the_dequantised_base(tmp_path: Path, folder: Pa
 
     changes = {"init_lora_weights": False, "use_dora": dora}  # as PEFT begins, B is 0 and A has no gradient
     trainer = trainer_for(tmp_path, model, peft_config=adapter(**changes))
-    reference = get_peft_model(plain, adapter(**changes))
-    mine = {k: p for k, p in trainer.model.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in mine.values()} == {torch.float32}
+    mine = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in mine} == {torch.float32}
     assert len(mine) == 2 * 7 * (3 if dora else 2)  # layers, matrices, A and B (and the magnitude)
-    with torch.no_grad():
-        for k, p in reference.named_parameters():
-            if p.requires_grad:
-                p.copy_(mine[k])
-    loss, _ = step(trainer, split(GROUPS, 2))
-    truth = eq3(reference, GROUPS, alpha=ALPHA)
-    truth.backward()
-    assert loss == pytest.approx(float(truth.detach()), rel=1e-5)
-    theirs = dict(reference.named_parameters())
-    flat = [torch.cat([of[k].grad.reshape(-1) for k in mine]) for of in (mine, theirs)]
-    assert gap(*flat) < 1e-5
+    assert gap_to(plain, trainer, changes, lambda: step(trainer, split(GROUPS, 2))[0]) < 1e-5
 
 
 @bitsandbytes

@@ -1,4 +1,4 @@
-"""Attention for decoding: the query heads of one key/value head go through the kernel as rows of one query.
+"""Which attention a model runs with, and ours for decoding: query heads of one key/value head are rows of one query for the kernel.
 
 For grouped-query models transformers repeats keys and values where there is a mask, and PyTorch's CPU kernel works row by row. For one new
 token the grouping gives the same sums in a fraction of the time; benchmarks/decode_attention.py measures it.
@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from spalign.errors import ModelError
 
 NAME = "spalign_grouped_sdpa"
+_ELSEWHERE = "run it with engine.kind=vllm, or behind a server (engine.kind=openai)"
 
 
 def grouped_attention(
@@ -53,9 +54,6 @@ def faithful(model: Any) -> str:
     text = model.config.get_text_config()
     chooses = getattr(text, "index_topk", None) or getattr(text, "index_topk_blocks", None)
     return "sdpa" if chooses else register()
-
-
-_ELSEWHERE = "run it with engine.kind=vllm, or behind a server (engine.kind=openai)"
 
 
 def capped(config: Any) -> bool:
