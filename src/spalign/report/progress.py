@@ -70,8 +70,9 @@ class Progress:
                     elif time.monotonic() - told > _EVERY:
                         told = time.monotonic()
                         rate = done / (told - began)
-                        left = (total - done) / rate if rate else 0
-                        self.line(f"{name}: {done}/{total} {unit}, {rate:.1f}/s, {left:.0f} s left")
+                        # the first of many side by side say nothing of how long the others take
+                        pace = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if done >= max(1, min(20, total / 50)) else ""
+                        self.line(f"{name}: {done}/{total} {unit}{pace}")
 
             yield tick
         seconds = time.monotonic() - began
