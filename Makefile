@@ -57,7 +57,7 @@ $(VENV)/.deepspeed: $(VENV)/.installed | setup
 $(VENV)/.peers: $(VENV)/.installed | setup
 	rm -rf $(VENV)/peers
 	$(PIP) -c constraints.txt --no-deps --target $(VENV)/peers \
-		llamafactory omegaconf antlr4-python3-runtime axolotl addict posthog backoff distro
+		llamafactory omegaconf antlr4-python3-runtime axolotl addict posthog backoff distro numba llvmlite
 	touch $@
 
 clean:
