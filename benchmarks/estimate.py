@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spalign.training import attention
-from spalign.training.adapters import cast_inputs_once
+from spalign.training.adapters import fuse_adapters
 from spalign.training.batches import collate, prepare, response_logps
 from spalign.training.estimate import Device, Method, Plan, Shape, estimate, kept, shape_from
 from spalign.training.groups import TrainingGroup, TrainingPair
@@ -103,7 +103,7 @@ def build(config: dict[str, Any], method: Method, *, checkpointing: bool, weight
 
         lora = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=method == "dora")
         model = get_peft_model(model.to(torch.bfloat16), lora)
-        cast_inputs_once(model)
+        fuse_adapters(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if method != "full":

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
@@ -189,11 +189,15 @@ def answer_loss(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[in
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompts: Sequence[Prompt], system: str, n: int, generator: torch.Generator) -> list[list[Response]]:
     """n answers a prompt at temperature 1; one that does not end after LONGEST parts is unfinished."""
-    ids = torch.tensor([encode_prompt(p, system) for p in prompts for _ in range(n)])
-    for _ in range(LONGEST + 1):
-        probabilities = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].softmax(-1)
-        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
-    rows = [response(tokens, f"{system}{i % n}") for i, tokens in enumerate(ids[:, PROMPT_TOKENS:].tolist())]
+    cache = DynamicCache()
+    logits = model(input_ids=torch.tensor([encode_prompt(p, system) for p in prompts]), past_key_values=cache, logits_to_keep=1).logits
+    cache.batch_repeat_interleave(n)
+    logits, parts = logits.repeat_interleave(n, 0), []
+    for depth in range(LONGEST + 1):
+        if depth:
+            logits = model(input_ids=parts[-1], past_key_values=cache).logits
+        parts.append(torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator))
+    rows = [response(tokens, f"{system}{i % n}") for i, tokens in enumerate(torch.cat(parts, 1).tolist())]
     return [rows[i * n : (i + 1) * n] for i in range(len(prompts))]
 
 

@@ -199,9 +199,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
             prepare(model, args.attention)
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
         if args.role == "ours":
-            from spalign.training.adapters import cast_inputs_once
+            from spalign.training.adapters import fuse_adapters
 
-            cast_inputs_once(model)
+            fuse_adapters(model)
     return model.train(), tokenizer
 
 

@@ -1,7 +1,9 @@
-"""What a process of ours need not load. A program that uses the library is left alone."""
+"""What a process of ours need not load and need not do. A program that uses the library is left alone."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from typing import Any
 
@@ -10,12 +12,17 @@ _modules: dict[str, Any] = sys.modules
 
 
 def slim() -> None:
-    """Have transformers think that scikit-learn is not installed: with pandas and SciPy it is two seconds of every start, for assisted
-    generation alone."""
+    """A command starts two seconds sooner and ends one second sooner.
+
+    transformers is to think that scikit-learn is not installed: it brings pandas and SciPy, for assisted generation alone. Python looks for
+    garbage every 700 new objects, also in the million that imports make and keep, and in all of them again when it ends.
+    """
     _modules.setdefault(_UNUSED, None)
+    gc.set_threshold(10_000, 10, 10)
+    atexit.register(gc.freeze)
 
 
 def whole() -> None:
-    """Take `slim` back, for what does use it (lm-eval)."""
+    """Have scikit-learn again, for what does use it (lm-eval)."""
     if _modules.get(_UNUSED, slim) is None:
         del _modules[_UNUSED]

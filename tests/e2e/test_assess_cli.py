@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,14 @@ def lay(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
 def test_ctrl_c_while_judging_and_the_same_command_again(lay: Callable[..., Path], environment: dict[str, str]) -> None:
     env = {**environment, "LOCAL_API_KEY": "sk-e2e-secret-value"}
     command = [sys.executable, "-m", "spalign.cli", "judge", "eval.yaml", "--json"]
-    with ModelServer(Scripted(lambda messages, seed: f"{HOSTILE}\nScore: 7", delay=0.5), names=("served",)) as server:
+    stopped = threading.Event()
+
+    def answer(messages: Any, seed: int) -> str:
+        if len(server.requests) >= 6:
+            stopped.wait(120)  # however slow the machine is, the command is stopped in the middle
+        return f"{HOSTILE}\nScore: 7"
+
+    with ModelServer(Scripted(answer), names=("served",)) as server:
         folder = lay(server.url)
         first = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
@@ -52,8 +60,8 @@ def test_ctrl_c_while_judging_and_the_same_command_again(lay: Callable[..., Path
         assert first.returncode == 130, err
         assert "Traceback" not in out + err
         assert "the same command goes on" in err
-        asked = len(server.requests)
-        assert asked < 16
+        assert len(server.requests) == 6
+        stopped.set()
         second = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
         assert second.returncode == 0, second.stderr
         assert len(server.requests) <= 16 + 4  # what was under way is asked again, and at most what Inspect had not flushed

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from test_qlora import WIDE, adapter, bitsandbytes, dequantised, four_bits, gap_to, saved
-from test_trainer import BOS, GROUPS, PAD, eq3, gap, gradient, ids, llama, own_rows, split, trainer_for
+from test_trainer import BOS, GROUPS, PAD, eq3, gap, gradient, ids, llama, own_rows, split, step, trainer_for
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -102,6 +102,17 @@ def test_a_step_of_the_trainer(tmp_path: Path, attention: Attention, how: dict[s
     exact = "bf16" not in how
     assert got == pytest.approx(float(loss.detach()), rel=1e-5 if exact else 0.02)
     assert gap(gradient_there(trainer.model), gradient(reference)) < (1e-4 if exact else 0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_of_an_adapter(tmp_path: Path, bf16: bool) -> None:
+    def trainer(**changes: Any) -> SPATrainer:
+        return trainer_for(tmp_path, llama(**WIDE), peft_config=adapter(init_lora_weights=False), **changes)
+
+    loss, there = step(trainer(), split(GROUPS, 2))
+    here = trainer(use_cpu=False, bf16=bf16)
+    assert on_gpu(here, "rows") == pytest.approx(loss, rel=0.02 if bf16 else 1e-5)
+    assert gap(gradient_there(here.model), there) < (0.1 if bf16 else 1e-4)
 
 
 @pytest.mark.parametrize("attention", ["rows", "flex"])

@@ -13,6 +13,7 @@ from typing import Any
 from spalign.config import EngineConfig
 from spalign.engines.base import Completion, Engine, GenerateRequest
 from spalign.errors import EngineError, SpalignError
+from spalign.startup import slim
 from spalign.text import printable, shorten
 
 BEAT = 5.0
@@ -116,6 +117,7 @@ class Worker:
     def __init__(self, name: str, config: EngineConfig, desk: Any, tries: int) -> None:
         import ray
 
+        slim()
         self._name, self._config, self._desk, self._tries = name, config, desk, tries
         self._engine: Any = None
         me = ray.get_runtime_context()

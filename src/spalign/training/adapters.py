@@ -1,4 +1,8 @@
-"""Adapters under autocast: their inputs are not cast twice."""
+"""LoRA in training: a frozen layer and its adapter in one step of autograd.
+
+PEFT adds the adapter's output to the layer's in several passes over tensors as large as the layer's output, and casts the layer's input
+for itself. Those passes move memory and compute nothing. Here both products of each direction write to one output.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,72 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
-def cast_inputs_once(model: Any) -> None:
-    """Under autocast PEFT turns the input of each adapter into float32, and autocast turns it back at once, in a copy for each adapter.
+def fuse_adapters(model: Any) -> None:
+    """Makes PEFT's plain LoRA layers compute as `frozen_with_adapter`; what is saved, merged or switched off stays PEFT's business.
 
-    Here it stays as it is, so that adapters that have the same input keep one. Without autocast it is cast as PEFT does. Variants of LoRA
-    are left alone: DoRA takes its norm in the input's type.
+    Left to PEFT: quantised and other than linear layers, DoRA and its kind, several adapters at once, dropout, adapters with a bias,
+    weights that are elsewhere (ZeRO-3, tensor parallel), and types that PEFT would cast (adapters in float32 on a base in bf16 without
+    autocast).
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import Linear
 
     for module in model.modules():
-        if isinstance(module, LoraLayer) and not module.lora_variant:
-            module._cast_input_dtype = partial(_cast, module._cast_input_dtype)
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.forward = partial(_forward, module, module.forward)
 
 
-def _cast(own: Callable[..., Tensor], x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return x if x is not None and torch.is_autocast_enabled(x.device.type) else own(x, dtype)
+def _forward(layer: Any, own: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return own(x, *args, **kwargs)
+    (name,) = layer.active_adapters
+    base = layer.base_layer
+    if name not in layer.lora_A or layer.lora_variant.get(name) or layer.lora_bias[name] or base.weight.requires_grad:
+        return own(x)
+    dropout = layer.lora_dropout[name]
+    if layer.training and not isinstance(dropout, nn.Identity):
+        return own(x)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    parts = [x, base.weight, a, b, *([] if base.bias is None else [base.bias])]
+    if any(type(p) not in (Tensor, nn.Parameter) or hasattr(p, "ds_id") for p in parts):
+        return own(x)
+    if torch.is_autocast_enabled(x.device.type):
+        kind = torch.get_autocast_dtype(x.device.type)
+        parts = [p.to(kind) for p in parts]
+    elif len({p.dtype for p in parts}) != 1:
+        return own(x)
+    return frozen_with_adapter(*parts[:4], scaling=layer.scaling[name], bias=parts[4] if base.bias is not None else None)
+
+
+def frozen_with_adapter(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """W x + bias + scaling B A x; W and bias get no gradient.
+
+    x: (..., in); weight: (out, in); a: (rank, in); b: (out, rank); bias: (out,); one type. Returns (..., out).
+    """
+    out: Tensor = _FrozenWithAdapter.apply(x, weight, a, b, scaling, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FrozenWithAdapter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ a.T
+        out = nn.functional.linear(rows, weight, bias).addmm_(low, b.T, alpha=scaling)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scaling = scaling
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        down = (grad @ b).mul_(ctx.scaling)
+        d_b = (grad.T @ low).mul_(ctx.scaling)
+        d_a = down.T @ x.reshape(-1, x.shape[-1])
+        d_x = (grad @ weight).addmm_(down, a).view(x.shape) if ctx.needs_input_grad[0] else None
+        return d_x, None, d_a, d_b, None, None

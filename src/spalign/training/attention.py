@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -27,7 +28,8 @@ def lay_out(spans: Sequence[tuple[range, Sequence[range]]]) -> dict[str, Any]:
 
     `blocks`: one or two of {queries (rows, q), keys (rows, k), mask (rows, 1, q, k) or none where a row is plainly causal}, indices of
     packed tokens. `back` (tokens,): for each packed token its place among the outputs of all blocks. A prompt is repeated before each of
-    its responses where that is cheaper than a mask, that is where prompts are short.
+    its responses where that is cheaper than a mask, that is where prompts are short; `again`: the places of these copies, `of`: their
+    tokens.
     """
     repeated = sum((len(p) + len(r)) ** 2 / 2 for p, rs in spans for r in rs)
     shared = sum(len(p) ** 2 / 2 + sum(len(r) * (len(p) + len(r)) for r in rs) for p, rs in spans)
@@ -44,7 +46,7 @@ def lay_out(spans: Sequence[tuple[range, Sequence[range]]]) -> dict[str, Any]:
         sees_tail = torch.ones(tails.shape[1], tails.shape[1], dtype=torch.bool).tril().expand(len(tails), 1, -1, -1)
         mask = torch.cat([sees_prompt, sees_tail], -1)
         blocks = [{"queries": prompts, "keys": prompts}, {"queries": tails, "keys": torch.cat([heads, tails], -1), "mask": mask}]
-    return {"blocks": blocks, "back": _back(spans, blocks)}
+    return {"blocks": blocks, "back": _back(spans, blocks), **(_copies(spans, blocks[0]["queries"]) if len(blocks) == 1 else {})}
 
 
 def _pad(rows: list[list[int]]) -> Tensor:
@@ -66,6 +68,18 @@ def _back(spans: Sequence[tuple[range, Sequence[range]]], blocks: list[dict[str,
             back[r.start : r.stop] = torch.arange(at, at + len(r))
             row += 1
     return back
+
+
+def _copies(spans: Sequence[tuple[range, Sequence[range]]], rows: Tensor) -> dict[str, Tensor]:
+    again: list[int] = []
+    of: list[int] = []
+    row = 0
+    for p, rs in spans:
+        for copy in range(row + 1, row + len(rs)):
+            again += range(copy * rows.shape[1], copy * rows.shape[1] + len(p))
+            of += p
+        row += len(rs)
+    return {"again": torch.tensor(again, dtype=torch.long), "of": torch.tensor(of, dtype=torch.long)}
 
 
 def attention(
@@ -90,7 +104,7 @@ def attention(
         return attend(query, key, value, packed, scaling=scaling, window=window).transpose(1, 2), None
     outputs = []
     for block in packed["blocks"]:
-        q, (k, v) = _rows(query, block["queries"]), (_rows(x, block["keys"]) for x in (key, value))
+        q, (k, v) = _rows(query, block["queries"], packed), (_rows(x, block["keys"], packed) for x in (key, value))
         mask = block.get("mask")
         if window is not None and block["keys"].shape[1] > window:
             mask = _windowed(mask, packed["positions"], block, window)
@@ -103,14 +117,51 @@ def attention(
         outputs.append(out.flatten(0, 1))  # (rows * q, heads, dim)
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     heads, dim = joined.shape[1:]
-    return joined.reshape(-1, heads * dim).index_select(0, packed["back"]).reshape(1, -1, heads, dim), None
+    packed_again: Tensor = _Back.apply(joined.reshape(-1, heads * dim), packed["back"])  # type: ignore[no-untyped-call]
+    return packed_again.view(1, -1, heads, dim), None
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def _rows(x: Tensor, index: Tensor, packed: dict[str, Any]) -> Tensor:
     """(1, heads, tokens, dim), (rows, width) -> (rows, heads, width, dim). Whole tokens are copied, which is quick both ways."""
     _, heads, tokens, dim = x.shape
-    picked = x[0].transpose(0, 1).reshape(tokens, heads * dim).index_select(0, index.reshape(-1))
+    flat, places = x[0].transpose(0, 1).reshape(tokens, heads * dim), index.reshape(-1)
+    if "again" in packed:
+        picked: Tensor = _Rows.apply(flat, places, *(packed[n] for n in ("back", "again", "of")))  # type: ignore[no-untyped-call]
+    else:
+        picked = flat.index_select(0, places)
     return picked.view(*index.shape, heads, dim).transpose(1, 2)
+
+
+class _Rows(torch.autograd.Function):
+    """`index_select` of tokens into rows. Its gradient would be added token by token, which is slow; here one place of each token is read,
+    and only the prompts' copies are added. Places behind a short row have no gradient: nothing that counts sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, places: Tensor, back: Tensor, again: Tensor, of: Tensor) -> Tensor:
+        ctx.save_for_backward(back, again, of)
+        return tokens.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back, again, of = ctx.saved_tensors
+        return grad.index_select(0, back).index_add_(0, of, grad.index_select(0, again)), None, None, None, None
+
+
+class _Back(torch.autograd.Function):
+    """`index_select` of places none of which is taken twice, so that the gradient is copied, not added."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.places = len(rows)
+        return rows.index_select(0, back)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.places, grad.shape[1]).index_copy_(0, back, grad), None
 
 
 def _windowed(mask: Tensor | None, positions: Tensor, block: dict[str, Tensor], window: int) -> Tensor:

@@ -23,6 +23,7 @@ from spalign.training.attention import NAME, lay_out, register
 from spalign.training.flex import check_device, check_dropout, mark
 from spalign.training.groups import TrainingGroup, TrainingPair
 from spalign.training.head import add_logps
+from spalign.training.norms import fuse_norms
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ def prepare(model: Any, attention: Literal["rows", "flex"] = "rows") -> Layout:
     keep_backward(model)
     if not hasattr(model, "spalign_tiled"):
         add_logps(model)
+        fuse_norms(model)
     here = not any(p.is_meta or not p.numel() for p in model.parameters())  # ZeRO-3 has them elsewhere: nothing to check on
     layouts: tuple[Layout, ...] = ("flex", "packed", "padded")
     for layout in layouts[layouts.index(wanted) :]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from spalign.errors import DataError
-from spalign.training.adapters import cast_inputs_once
+from spalign.training.adapters import fuse_adapters
 from spalign.training.batches import collate, prepare, response_logps, without_groups_after
 from spalign.training.groups import TrainingGroup, encode_row, group_rows
 from spalign.training.loss import dpo_loss, pair_weights, sft_loss, spa_loss
@@ -123,7 +123,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
 
             set_seed(args.seed)  # or the adapter's first weights would be another session's
             model = get_peft_model(model, peft_config)
-            cast_inputs_once(model)
+            fuse_adapters(model)
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
         pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id

@@ -1,0 +1,45 @@
+"""RMSNorm by torch's kernel is that of the models, to the bit; and which models' it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from spalign.training.norms import fuse_norms, rms_norm
+
+
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_is_llama_s_to_the_bit(hidden: torch.dtype, weight: torch.dtype, autocast: bool) -> None:
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(64, eps=1e-5).to(weight)
+    nn.init.normal_(norm.weight)
+    x = (3 * torch.randn(2, 5, 64)).to(hidden).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, theirs = rms_norm(x, norm.weight, 1e-5), norm(x)
+    assert ours.dtype == theirs.dtype
+    assert torch.equal(ours, theirs)
+    pull = torch.randn_like(ours)
+    close = {"rtol": 1e-5, "atol": 1e-5} if hidden == weight == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    got, want = (torch.autograd.grad((y * pull).sum(), (x, norm.weight)) for y in (ours, theirs))
+    torch.testing.assert_close(got, want, **close)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"), [(LlamaRMSNorm, True), (MistralRMSNorm, True), (Qwen3RMSNorm, True), (Gemma2RMSNorm, False), (Olmo2RMSNorm, False)]
+)
+def test_which_are_fused(kind: type, fused: bool) -> None:
+    model = nn.Sequential(kind(8), nn.LayerNorm(8))
+    x = torch.randn(3, 8)
+    want = model(x)
+    fuse_norms(model)
+    assert ("forward" in vars(model[0])) == fused
+    assert "forward" not in vars(model[1])
+    assert torch.equal(model(x), want)  # on a CPU by its own code
