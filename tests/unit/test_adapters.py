@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -112,6 +113,11 @@ def thawed(model: Any) -> None:
         getattr(model.base_model.model, part).base_layer.weight.requires_grad_(True)
 
 
+def offloaded(model: Any) -> None:
+    for part in ("first", "second"):
+        cpu_offload(getattr(model.base_model.model, part).base_layer)
+
+
 def halved(model: Any) -> None:
     """Adapters in float32 on a base in bf16, without autocast: PEFT casts."""
     for part in ("first", "second"):
@@ -126,6 +132,7 @@ def halved(model: Any) -> None:
         ({"bias": True, "lora_bias": True}, None),
         ({}, several),
         ({}, thawed),
+        ({}, offloaded),
         ({}, lambda model: model.merge_adapter()),
         ({}, lambda model: model.base_model.disable_adapter_layers()),
         ({}, halved),

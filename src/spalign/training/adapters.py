@@ -19,8 +19,8 @@ def fuse_adapters(model: Any) -> None:
     """Makes PEFT's plain LoRA layers compute as `frozen_with_adapter`; what is saved, merged or switched off stays PEFT's business.
 
     Left to PEFT: quantised and other than linear layers, DoRA and its kind, several adapters at once, dropout, adapters with a bias,
-    weights that are elsewhere (ZeRO-3, tensor parallel), and types that PEFT would cast (adapters in float32 on a base in bf16 without
-    autocast).
+    weights that are elsewhere (ZeRO-3, tensor parallel, offloaded), and types that PEFT would cast (adapters in float32 on a base in bf16
+    without autocast).
     """
     from peft.tuners.lora.layer import Linear
 
@@ -36,8 +36,8 @@ def _forward(layer: Any, own: Callable[..., Tensor], x: Tensor, *args: Any, **kw
     base = layer.base_layer
     if name not in layer.lora_A or layer.lora_variant.get(name) or layer.lora_bias[name] or base.weight.requires_grad:
         return own(x)
-    dropout = layer.lora_dropout[name]
-    if layer.training and not isinstance(dropout, nn.Identity):
+    drops = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
+    if drops or hasattr(base, "_hf_hook"):  # accelerate's, which brings offloaded weights when the layer is called
         return own(x)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     parts = [x, base.weight, a, b, *([] if base.bias is None else [base.bias])]
