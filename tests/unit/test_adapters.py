@@ -27,7 +27,7 @@ def test_by_hand() -> None:
     assert out.tolist() == [[14.0, 24.5]]
 
 
-@pytest.mark.parametrize("lead", [(5,), (1, 5), (2, 3, 4)])
+@pytest.mark.parametrize("lead", [(5,), (1, 5), (2, 3, 4), (0,)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_gradient_by_finite_differences(lead: tuple[int, ...], biased: bool) -> None:
     x, weight, a, b, bias = drawn((*lead, 6), (7, 6), (3, 6), (7, 3), (7,))
@@ -61,10 +61,10 @@ class Two(nn.Module):
         return self.second(self.first(x).tanh())  # type: ignore[no-any-return]
 
 
-def with_adapter(*, bias: bool = False, **changes: Any) -> Any:
+def with_adapter(*, biased: bool = False, **changes: Any) -> Any:
     torch.manual_seed(0)
     return get_peft_model(
-        Two(bias), LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["first", "second"], "init_lora_weights": False, **changes})
+        Two(biased), LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["first", "second"], "init_lora_weights": False, **changes})
     )
 
 
@@ -90,7 +90,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_plain_lora_is_fused_and_its_numbers_are_peft_s(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen, (x,) = with_adapter(bias=bias), calls(monkeypatch), drawn((2, 3, 6), dtype=torch.float32)
+    model, seen, (x,) = with_adapter(biased=bias), calls(monkeypatch), drawn((2, 3, 6), dtype=torch.float32)
     want = outcome(model, x)
     fuse_adapters(model)
     got = outcome(model, x)
@@ -118,6 +118,11 @@ def offloaded(model: Any) -> None:
         cpu_offload(getattr(model.base_model.model, part).base_layer)
 
 
+def hooked(model: Any) -> None:
+    for part in ("first", "second"):
+        getattr(model.base_model.model, part).lora_A["default"].register_forward_hook(lambda *_: None)
+
+
 def halved(model: Any) -> None:
     """Adapters in float32 on a base in bf16, without autocast: PEFT casts."""
     for part in ("first", "second"):
@@ -129,7 +134,10 @@ def halved(model: Any) -> None:
     [
         ({"use_dora": True}, None),
         ({"lora_dropout": 0.5}, None),
-        ({"bias": True, "lora_bias": True}, None),
+        ({"biased": True, "lora_bias": True}, None),
+        ({"biased": True, "bias": "all"}, None),
+        ({"biased": True, "bias": "lora_only"}, None),
+        ({}, hooked),
         ({}, several),
         ({}, thawed),
         ({}, offloaded),
