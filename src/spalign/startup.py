@@ -15,7 +15,8 @@ def slim() -> None:
     """A command starts two seconds sooner and ends one second sooner.
 
     transformers is to think that scikit-learn is not installed: it brings pandas and SciPy, for assisted generation alone. Python looks for
-    garbage every 700 new objects, also in the million that imports make and keep, and in all of them again when it ends.
+    garbage every 700 new objects, also in the million that imports make and keep, and in all of them again when it ends. Objects in cycles
+    are not finalised then: what must be closed is closed, not left to Python.
     """
     _modules.setdefault(_UNUSED, None)
     gc.set_threshold(10_000, 10, 10)

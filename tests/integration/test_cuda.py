@@ -18,6 +18,7 @@ from test_qlora import WIDE, adapter, bitsandbytes, dequantised, four_bits, gap_
 from test_trainer import BOS, GROUPS, PAD, eq3, gap, gradient, ids, llama, own_rows, split, step, trainer_for
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spalign.config import EngineConfig
 from spalign.engines import continuous, flash
@@ -26,6 +27,7 @@ from spalign.engines.continuous import ContinuousEngine
 from spalign.engines.transformers import TransformersEngine
 from spalign.training.batches import _to, collate, prepare, response_logps
 from spalign.training.groups import TrainingGroup
+from spalign.training.norms import rms_norm
 from spalign.training.trainer import SPATrainer
 from spalign.types import Message
 
@@ -104,12 +106,29 @@ def test_a_step_of_the_trainer(tmp_path: Path, attention: Attention, how: dict[s
     assert gap(gradient_there(trainer.model), gradient(reference)) < (1e-4 if exact else 0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [False, True])  # a norm of each head's queries, which lie apart in memory
+def test_rms_norm_s_kernel(dtype: torch.dtype, heads: bool) -> None:
+    norm = LlamaRMSNorm(64, eps=1e-5).to("cuda", dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 7, 3, 64, device="cuda").to(dtype)
+    x = (x.transpose(1, 2) if heads else x).detach().requires_grad_()
+    got, want = rms_norm(x, norm.weight, 1e-5), norm(x)
+    pull = torch.randn_like(want)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(got, want, **close)
+    grads = [torch.autograd.grad((y * pull).sum(), (x, norm.weight)) for y in (got, want)]
+    torch.testing.assert_close(*grads, rtol=close["rtol"], atol=10 * close["atol"])
+
+
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_step_of_an_adapter(tmp_path: Path, bf16: bool) -> None:
+def test_a_step_of_an_adapter(tmp_path: Path, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def trainer(**changes: Any) -> SPATrainer:
         return trainer_for(tmp_path, llama(**WIDE), peft_config=adapter(init_lora_weights=False), **changes)
 
-    loss, there = step(trainer(), split(GROUPS, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr("spalign.training.trainer.fuse_adapters", lambda _: None)
+        loss, there = step(trainer(), split(GROUPS, 2))
     here = trainer(use_cpu=False, bf16=bf16)
     assert on_gpu(here, "rows") == pytest.approx(loss, rel=0.02 if bf16 else 1e-5)
     assert gap(gradient_there(here.model), there) < (0.1 if bf16 else 1e-4)

@@ -953,34 +953,44 @@ def join_ranks(workers: list[subprocess.Popen[str]]) -> None:
         assert p.returncode == 0, out
 
 
-def test_fsdp2_gives_the_numbers_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
+@pytest.mark.parametrize("what", ["fsdp2", "fsdp2-adapter"])
+def test_fsdp2_gives_the_numbers_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]], what: str) -> None:
     # weights, the tied head's among them, spread over two ranks; each rank runs two of the four groups
-    start_ranks(workers, "fsdp2", tmp_path)
-    model = llama(tie_word_embeddings=True)
-    layout = prepare(model)
+    start_ranks(workers, what, tmp_path)
+    model, layout = sharded_model(what)
     means = [response_logps(model, collate(GROUPS[r::2], layout=layout, pad=PAD))[0] for r in range(2)]
     torch.cat(means).sum().backward()
     join_ranks(workers)
     for r in range(2):
         found = load_file(tmp_path / f"rank{r}.safetensors")
         assert torch.allclose(found["logps"], means[r].detach(), rtol=1e-6)
-        assert gap(found["gradient"], gradient(model)) < 1e-6
+        there = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+        assert gap(found["gradient"], there) < 1e-6
 
 
-def fsdp2_worker(folder: Path) -> None:
+def sharded_model(what: str) -> tuple[Any, Layout]:
+    model: Any = llama(tie_word_embeddings=True)
+    layout = prepare(model)
+    if what == "fsdp2-adapter":
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+        fuse_adapters(model)
+    return model, layout
+
+
+def fsdp2_worker(folder: Path, what: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo")
     rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
-    model = llama(tie_word_embeddings=True)
-    layout = prepare(model)
-    for layer in model.model.layers:
+    model, layout = sharded_model(what)
+    for layer in (model if what == "fsdp2" else model.get_base_model()).model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     means, _ = response_logps(model, collate(GROUPS[rank::2], layout=layout, pad=PAD))
     means.sum().backward()
-    whole = torch.cat([p.grad.full_tensor().reshape(-1) for p in model.parameters()]) * 2  # FSDP averages over ranks
+    whole = torch.cat([p.grad.full_tensor().reshape(-1) for p in model.parameters() if p.requires_grad]) * 2  # FSDP averages over ranks
     save_file({"logps": means.detach(), "gradient": whole}, folder / f"rank{rank}.safetensors")
     del model, means
     gc.collect()
@@ -1044,4 +1054,8 @@ def poisoned_worker(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ddp": ddp_worker, "fsdp2": fsdp2_worker, "poisoned": poisoned_worker}[sys.argv[1]](Path(sys.argv[2]))
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    if what.startswith("fsdp2"):
+        fsdp2_worker(folder, what)
+    else:
+        {"ddp": ddp_worker, "poisoned": poisoned_worker}[what](folder)

@@ -103,6 +103,24 @@ def test_plain_lora_is_fused_and_its_numbers_are_peft_s(bias: bool, monkeypatch:
     assert not torch.allclose(outcome(other, x)[0], want[0])
 
 
+def test_a_backward_pass_inside_autocast_after_a_forward_pass_outside() -> None:
+    x, weight, a, b = drawn((5, 6), (7, 6), (3, 6), (7, 3), dtype=torch.float32)
+    a.requires_grad_()
+    out = frozen_with_adapter(x, weight, a, b, scaling=0.5).sum()
+    (want,) = torch.autograd.grad(out, a, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(out, a)
+    assert torch.equal(got, want)
+
+
+def test_a_gradient_that_is_small_only_after_scaling_fits_into_float16() -> None:
+    x, weight, a, b = drawn((1, 4), (2, 4), (3, 4), (2, 3), dtype=torch.float16)
+    a, b = a.requires_grad_(), torch.full_like(b, 64).requires_grad_()
+    out = frozen_with_adapter(x, weight, a, b, scaling=2**-4)
+    grads = torch.autograd.grad(out, (a, b), torch.full_like(out, 1000))
+    assert all(bool(g.isfinite().all()) for g in grads)
+
+
 def several(model: Any) -> None:
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])

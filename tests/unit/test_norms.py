@@ -1,4 +1,4 @@
-"""RMSNorm by torch's kernel is that of the models, to the bit; and which models' it is."""
+"""RMSNorm by torch is that of the models, to the bit on a CPU, and which models' it is. Its kernel: tests/integration/test_cuda.py."""
 
 from __future__ import annotations
 
@@ -35,11 +35,25 @@ def test_it_is_llama_s_to_the_bit(hidden: torch.dtype, weight: torch.dtype, auto
 @pytest.mark.parametrize(
     ("kind", "fused"), [(LlamaRMSNorm, True), (MistralRMSNorm, True), (Qwen3RMSNorm, True), (Gemma2RMSNorm, False), (Olmo2RMSNorm, False)]
 )
-def test_which_are_fused(kind: type, fused: bool) -> None:
+def test_which_are_fused(kind: type, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spalign.training.norms.rms_norm", lambda *_: pytest.fail("there is no kernel for a CPU"))
     model = nn.Sequential(kind(8), nn.LayerNorm(8))
     x = torch.randn(3, 8)
     want = model(x)
     fuse_norms(model)
     assert ("forward" in vars(model[0])) == fused
     assert "forward" not in vars(model[1])
-    assert torch.equal(model(x), want)  # on a CPU by its own code
+    assert torch.equal(model(x), want)
+
+
+def test_another_s_layer_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was put in the place of transformers' own, whose code it then equals."""
+
+    class Theirs(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return (1 + self.weight) * hidden_states
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm", Theirs)
+    model = nn.Sequential(Theirs(8))
+    fuse_norms(model)
+    assert "forward" not in vars(model[0])

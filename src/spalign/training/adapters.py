@@ -43,7 +43,7 @@ def _forward(layer: Any, own: Callable[..., Tensor], x: Tensor, *args: Any, **kw
     parts = [x, base.weight, a, b, *([] if base.bias is None else [base.bias])]
     if any(type(p) not in (Tensor, nn.Parameter) or hasattr(p, "ds_id") for p in parts):
         return own(x)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         kind = torch.get_autocast_dtype(x.device.type)
         parts = [p.to(kind) for p in parts]
     elif len({p.dtype for p in parts}) != 1:
@@ -81,8 +81,9 @@ class _FrozenWithAdapter(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        down = grad @ (b * ctx.scaling)  # scaled before, as PEFT does: a product of float16 may be too large for its type
-        d_b = grad.T @ (low * ctx.scaling)
-        d_a = down.T @ x.reshape(-1, x.shape[-1])
-        d_x = (grad @ weight).addmm_(down, a).view(x.shape) if ctx.needs_input_grad[0] else None
+        with torch.autocast(grad.device.type, enabled=False):
+            down = grad @ (b * ctx.scaling)  # scaled before, as PEFT does: a product of float16 may be too large for its type
+            d_b = grad.T @ (low * ctx.scaling)
+            d_a = down.T @ x.reshape(-1, x.shape[-1])
+            d_x = (grad @ weight).addmm_(down, a).view(x.shape) if ctx.needs_input_grad[0] else None
         return d_x, None, d_a, d_b, None, None

@@ -117,8 +117,8 @@ def attention(
         outputs.append(out.flatten(0, 1))  # (rows * q, heads, dim)
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     heads, dim = joined.shape[1:]
-    packed_again: Tensor = _Back.apply(joined.reshape(-1, heads * dim), packed["back"])  # type: ignore[no-untyped-call]
-    return packed_again.view(1, -1, heads, dim), None
+    tokens: Tensor = _Back.apply(joined.reshape(-1, heads * dim), packed["back"])  # type: ignore[no-untyped-call]
+    return tokens.view(1, -1, heads, dim), None
 
 
 def _rows(x: Tensor, index: Tensor, packed: dict[str, Any]) -> Tensor:

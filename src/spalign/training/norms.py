@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Layers whose code is that of Llama's RMSNorm, as most models' is, compute it by `rms_norm` on CUDA; all others stay as they are."""
+    """transformers' layers whose code is that of Llama's RMSNorm, as most are, compute it by `rms_norm` on CUDA; others stay."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     llama = _code(LlamaRMSNorm)
     for module in model.modules():
-        if _code(type(module)) == llama and "forward" not in vars(module):
+        kind = type(module)
+        if kind.__module__.startswith("transformers.") and _code(kind) == llama and "forward" not in vars(module):
             module.forward = partial(_forward, module, module.forward)
 
 
