@@ -51,12 +51,24 @@ def test_ctrl_c_while_judging_and_the_same_command_again(lay: Callable[..., Path
 
     with ModelServer(Scripted(answer), names=("served",)) as server:
         folder = lay(server.url)
-        first = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
-        while len(server.requests) < 6 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        first.send_signal(signal.SIGINT)
-        out, err = first.communicate(timeout=60)
+        first = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # a job in the background of a shell starts with Ctrl-C ignored, and its children with it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while len(server.requests) < 6 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            first.send_signal(signal.SIGINT)
+            out, err = first.communicate(timeout=60)
+        finally:
+            first.kill()
         assert first.returncode == 130, err
         assert "Traceback" not in out + err
         assert "the same command goes on" in err
