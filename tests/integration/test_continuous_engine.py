@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching import continuous_api
 from spalign.config import EngineConfig, config_from
 from spalign.engines import continuous, flash
 from spalign.engines.base import Batching, Completion, GenerateRequest, Sampling
-from spalign.engines.continuous import ContinuousEngine
+from spalign.engines.continuous import ContinuousEngine, load_for_gpu
 from spalign.engines.make import load_engine
 from spalign.engines.transformers import TransformersEngine
 from spalign.errors import ConfigError, EngineError
@@ -24,7 +24,7 @@ from spalign.types import Message
 
 pytestmark = pytest.mark.model
 
-HERE = EngineConfig(dtype="float32", device="cpu", batch_size=5)
+HERE = EngineConfig(dtype="float32", device="cpu", batch_size=5, batching="static")
 SIDE_BY_SIDE = HERE.model_copy(update={"batching": "continuous"})
 
 
@@ -231,6 +231,24 @@ def test_a_prompt_longer_than_the_window_is_refused_before_any_work(engine: Cont
 def test_it_is_not_taken_for_one_whose_batches_can_run_again(engine: ContinuousEngine, plain: TransformersEngine):
     assert isinstance(plain, Batching)
     assert not isinstance(engine, Batching)
+
+
+def test_by_default_where_a_flash_kernel_runs_the_model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """`test_cuda.py` has it on a GPU."""
+    auto = HERE.model_copy(update={"batching": "auto"})
+    assert EngineConfig().batching == "auto"
+    assert auto.matters() == HERE.matters()
+    name = str(tiny_model)
+    assert type(load_engine(name, auto)) is TransformersEngine
+    assert type(load_for_gpu(name, auto)) is TransformersEngine  # float32 has no flash kernel
+    monkeypatch.setattr(continuous, "_attention", lambda _: flash.NAME)
+    engine = load_for_gpu(name, auto.model_copy(update={"memory": 0.5}))
+    assert isinstance(engine, ContinuousEngine)
+    assert (engine.memory, engine.batch_size) == (0.5, auto.batch_size)
+    with pytest.raises(ConfigError, match=r"engine.memory 3.0: it is a share of the GPU's free memory, at most 1"):
+        load_for_gpu(name, auto.model_copy(update={"memory": 3.0}))
+    monkeypatch.setattr(continuous, "capped", lambda _: True)
+    assert type(load_for_gpu(name, auto)) is TransformersEngine
 
 
 def test_where_it_can_be_asked_for():

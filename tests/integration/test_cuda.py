@@ -24,6 +24,7 @@ from spalign.config import EngineConfig
 from spalign.engines import continuous, flash
 from spalign.engines.base import Completion, GenerateRequest, Sampling
 from spalign.engines.continuous import ContinuousEngine
+from spalign.engines.make import load_engine
 from spalign.engines.transformers import TransformersEngine
 from spalign.training.batches import _to, collate, prepare, response_logps
 from spalign.training.groups import TrainingGroup
@@ -205,6 +206,11 @@ def test_pytorch_s_flash_kernel_on_pages(heads: int, kv_heads: int, dim: int, wi
         hidden = (ahead < 0) | ((ahead >= window) if window is not None else False)
         want = (own_q @ own_k.transpose(1, 2) * dim**-0.5).masked_fill(hidden, -torch.inf).softmax(-1) @ own_v
         assert gap(out[ends[0][i] : ends[0][i + 1]].double(), want.transpose(0, 1)) < 1e-2
+
+
+def test_continuous_batching_is_the_default_where_the_gpu_has_a_flash_kernel(folder: Path) -> None:
+    for dtype, kind in (("bfloat16", ContinuousEngine), ("float32", TransformersEngine)):
+        assert type(load_engine(str(folder), EngineConfig(device="cuda", dtype=dtype))) is kind
 
 
 def test_continuous_batching_in_bfloat16(folder: Path) -> None:

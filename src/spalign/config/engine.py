@@ -45,8 +45,9 @@ class EngineConfig(Part):
     device: str = "auto"
     batch_size: PositiveInt = 128
     """Sequences that run through the model together."""
-    batching: Literal["static", "continuous"] = "static"
-    """transformers: batches by length, each of which runs to its end; or transformers' continuous batching, which is made for GPUs."""
+    batching: Literal["auto", "static", "continuous"] = "auto"
+    """transformers: static: batches by length, each of which runs to its end, the same ones in a resumed run; continuous: transformers'
+    continuous batching, which is made for GPUs. auto: continuous on a GPU that has a flash kernel for the model, else static."""
     memory: Annotated[float, Field(gt=0)] | None = None
     """vLLM: share of the GPU's memory that it may take (default 0.9); on a CPU, GiB for keys and values (default 4).
     transformers with continuous batching: share of a GPU's free memory for keys and values."""
@@ -90,7 +91,7 @@ class EngineConfig(Part):
 
     def matters(self) -> dict[str, Any]:
         """What results depend on, for a stage's digest: not how many at a time, nor where a server is and how patiently it is asked."""
-        batching = {"batching": self.batching} if self.batching != "static" else {}
+        batching = {"batching": self.batching} if self.batching == "continuous" else {}
         return {**self.model_dump(include=_ALIKE), **batching, "kind": self.by}
 
     def here(self) -> EngineConfig:

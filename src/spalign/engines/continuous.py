@@ -50,18 +50,12 @@ class ContinuousEngine(TransformersEngine):
 
     @classmethod
     def load(cls, name: str, config: EngineConfig) -> ContinuousEngine:
+        """Raises ConfigError where the model cannot be run so, ModelError where it cannot be loaded."""
         engine = super().load(name, config)
         assert isinstance(engine, ContinuousEngine)
-        engine.memory = config.memory
-        model, kind = engine.model, type(engine.model).__name__
-        if not (model._can_set_attn_implementation() and model._supports_attention_backend):
-            raise ConfigError(f"{kind} takes no attention over pages", hint="engine.batching=static")
-        if capped(model.config) and "flash_attention" not in _attention(model):
-            raise ConfigError(
-                f"{kind} caps its attention scores: continuous batching needs flash-attn for that", hint="engine.batching=static"
-            )
-        if config.memory is not None and config.memory > 1:
-            raise ConfigError(f"engine.memory {config.memory}: it is a share of the GPU's free memory, at most 1", hint="for example 0.5")
+        if why := lacks(engine.model):
+            raise ConfigError(why, hint="engine.batching=static")
+        engine.memory = _share(config.memory)
         return engine
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
@@ -128,6 +122,32 @@ class ContinuousEngine(TransformersEngine):
             auto_switch_to_flash=False,
             **sized,
         )
+
+
+def load_for_gpu(name: str, config: EngineConfig) -> TransformersEngine:
+    """`batching: auto`: a ContinuousEngine where a flash kernel runs the model, else static batches."""
+    static = TransformersEngine.load(name, config)
+    if "flash" not in _attention(static.model) or lacks(static.model):
+        return static
+    engine = ContinuousEngine(static.model, static.tokens.tokenizer, batch_size=config.batch_size)
+    engine.memory = _share(config.memory)
+    return engine
+
+
+def lacks(model: Any) -> str:
+    """Why the model cannot be run with continuous batching, in words; empty: it can."""
+    kind = type(model).__name__
+    if not (model._can_set_attn_implementation() and model._supports_attention_backend):
+        return f"{kind} takes no attention over pages"
+    if capped(model.config) and "flash_attention" not in _attention(model):
+        return f"{kind} caps its attention scores: continuous batching needs flash-attn for that"
+    return ""
+
+
+def _share(memory: float | None) -> float | None:
+    if memory is not None and memory > 1:
+        raise ConfigError(f"engine.memory {memory}: it is a share of the GPU's free memory, at most 1", hint="for example 0.5")
+    return memory
 
 
 class _SeededDraw(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]

@@ -32,6 +32,12 @@ def load_engine(name: str, config: EngineConfig) -> Engine:
         from spalign.engines.continuous import ContinuousEngine
 
         return ContinuousEngine.load(name, config)
+    from spalign.engines.loading import device_of
+
+    if config.batching == "auto" and device_of(config).startswith("cuda"):
+        from spalign.engines.continuous import load_for_gpu
+
+        return load_for_gpu(name, config)
     from spalign.engines.transformers import TransformersEngine
 
     return TransformersEngine.load(name, config)

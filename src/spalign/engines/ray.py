@@ -20,7 +20,7 @@ from spalign.engines import ray_pool
 from spalign.engines.base import Ask, Capability, Completion, GenerateRequest, only
 from spalign.engines.loading import load_tokens
 from spalign.engines.ray_pool import Pool
-from spalign.engines.tokens import TokenEngine
+from spalign.engines.tokens import ChatTokens, TokenEngine
 from spalign.errors import EngineError
 from spalign.text import printable, shorten
 
@@ -31,13 +31,11 @@ class RayEngine(TokenEngine):
     name = "ray"
     batching = False
 
-    def __init__(self, name: str, config: EngineConfig) -> None:
-        """Raises ModelError or EngineError with what to do: no such model, no cluster there, no room for a worker in it."""
+    def __init__(self, name: str, config: EngineConfig, tokens: ChatTokens, width: int, needs: dict[str, float]) -> None:
+        """width workers, each of which takes `needs` of the cluster. Raises ModelError or EngineError with what to do."""
         self.capabilities = _capabilities(config)
-        self.tokens, _ = load_tokens(name, config)
-        own = _connect(config)
-        self.width, self._needs = _layout(config, own=own)
-        self._pool = Pool(name, config.in_worker(), self.width, self._needs)
+        self.tokens, self.width, self._needs = tokens, width, needs
+        self._pool = Pool(name, config.in_worker(), width, needs)
         _open.add(self)
         try:
             self._window: int = next(self._pool.ask("window", times=self.width))
@@ -108,13 +106,21 @@ def _ray() -> Any:
 
 
 def load_ray(name: str, config: EngineConfig) -> RayEngine:
-    """The engine whose workers are `config.worker`. Raises ModelError or EngineError with what to do."""
+    """The engine whose workers are `config.worker`.
+
+    Raises ModelError or EngineError with what to do: no such model, no cluster there, no room for a worker in it.
+    """
     if importlib.util.find_spec("ray") is None:
         raise EngineError(
             "engine.kind is ray, and the package ray is not installed", hint="pip install 'spalign[ray]', or engine.kind=transformers"
         )
+    tokens, _ = load_tokens(name, config)
+    own = _connect(config)
+    width, needs = _layout(config, own=own)
+    if config.batching == "auto" and needs["num_gpus"] < 1:  # two on a GPU would take each other's memory for their pages
+        config = config.model_copy(update={"batching": "static"})
     static = config.worker == "transformers" and config.batching == "static"
-    return (BatchingRayEngine if static else RayEngine)(name, config)
+    return (BatchingRayEngine if static else RayEngine)(name, config, tokens, width, needs)
 
 
 def _capabilities(config: EngineConfig) -> frozenset[Capability]:
