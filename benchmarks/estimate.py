@@ -5,8 +5,8 @@
 Forward and backward passes of `response_logps` under bf16 autocast, on a tiny Llama of random weights and (without --quick) on the demo
 model. Saved: bytes of tensors that autograd keeps at the end of the forward pass, each storage once, without parameters and without
 autocast's bf16 copies of them. Peak: bytes of all tensors made in two passes and alive at once: gradients, copies and the head's tile too.
-Both with the attention of a GPU, and counted by PyTorch's dispatcher, so they do not depend on what else the machine does; seconds do.
-Prints one JSON line last.
+Both with the attention of a GPU, the tiny model also with its norms, and counted by PyTorch's dispatcher, so they do not depend on what
+else the machine does; seconds do. Prints one JSON line last.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from spalign.training import attention
+from spalign.training import attention, norms
 from spalign.training.adapters import fuse_adapters
 from spalign.training.batches import collate, prepare, response_logps
 from spalign.training.estimate import Device, Method, Plan, Shape, estimate, kept, shape_from
@@ -92,12 +92,30 @@ class _Box:
         self.tensor = tensor
 
 
-def build(config: dict[str, Any], method: Method, *, checkpointing: bool, weights: str | None = None) -> Any:
+class _Norm(torch.autograd.Function):
+    """RMSNorm that keeps what the kernel of GPUs keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, epsilon: float) -> torch.Tensor:
+        root = (x.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        ctx.save_for_backward(x, root)
+        return (x * root).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        x, root = ctx.saved_tensors
+        normed = x * root
+        return (root * (grad - normed * (grad * normed).mean(-1, keepdim=True))).to(x.dtype), None
+
+
+def build(config: dict[str, Any], method: Method, *, checkpointing: bool, gpu: bool, weights: str | None = None) -> Any:
     torch.manual_seed(0)
     model: Any = (
         LlamaForCausalLM(LlamaConfig(**config)) if weights is None else AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
     )
-    prepare(model)
+    own = (lambda norm, _, hidden: norm.weight * _Norm.apply(hidden, norm.variance_epsilon)) if gpu else norms._forward
+    with patch.object(norms, "_forward", own):
+        prepare(model)
     if method != "full":
         from peft import LoraConfig, get_peft_model
 
@@ -170,19 +188,20 @@ def compare(
     lengths: tuple[int, int, int],
     *,
     checkpointing: bool,
+    gpu: bool = False,
     weights: str | None = None,
     flops: float = 1e12,
 ) -> dict[str, Any]:
-    """lengths: tokens of the prompt, responses, tokens of each. One forward pass, of one prompt, is the step."""
+    """lengths: tokens of the prompt, responses, tokens of each. One forward pass, of one prompt, is the step. gpu: with its norms."""
     p, k, r = lengths
     plan = Plan(
-        shape, Device("cpu", None, flops, None), method, RANK,
+        shape, Device("gpu" if gpu else "cpu", None, flops, None), method, RANK,
         prompts=1, responses=k, prompt_tokens=p, response_tokens=r, prompts_per_step=1, checkpointing=checkpointing, efficiency=1.0,
     )  # fmt: skip
-    model = build(config, method, checkpointing=checkpointing, weights=weights)
+    model = build(config, method, checkpointing=checkpointing, gpu=gpu, weights=weights)
     measured, predicted = measure(model, batch_of(plan)), predict(plan)
     return {
-        "model": shape.name, "method": method, "lengths": list(lengths), "checkpointing": plan.checkpointing,
+        "model": shape.name, "method": method, "lengths": list(lengths), "checkpointing": plan.checkpointing, "gpu": gpu,
         "measured": measured, "predicted": predicted, "ratio": {key: round(predicted[key] / measured[key], 3) for key in measured},
     }  # fmt: skip
 
@@ -204,9 +223,9 @@ def main() -> None:
     quick = parser.parse_args().quick
     flops = gemm_flops()
     tiny = shape_from({"model_type": "llama", **TINY}, "tiny")
-    cases: list[tuple[Shape, dict[str, Any], Method, tuple[int, int, int], bool, str | None]] = [
-        (tiny, TINY, method, lengths, checkpointing, None)
-        for method in ("full", "lora", "dora")
+    cases: list[tuple[Shape, dict[str, Any], Method, tuple[int, int, int], bool, bool, str | None]] = [
+        (tiny, TINY, method, lengths, checkpointing, gpu, None)
+        for method, gpu in (("full", False), ("full", True), ("lora", False), ("lora", True), ("dora", False), ("dora", True))
         for lengths in ((32, 5, 200), (600, 4, 150), (2048, 2, 64))
         for checkpointing in (False, True)
     ]
@@ -216,18 +235,19 @@ def main() -> None:
 
         folder = resolve("demo")
         cases += [
-            (SHAPES["demo"], {}, method, lengths, checkpointing, folder)
+            (SHAPES["demo"], {}, method, lengths, checkpointing, False, folder)
             for method in ("full", "lora")
             for lengths in ((40, 5, 200), (512, 4, 100))
             for checkpointing in (False, True)
         ]
     rows = []
-    for shape, config, method, lengths, checkpointing, weights in cases:
-        row = compare(shape, config, method, lengths, checkpointing=checkpointing, weights=weights, flops=flops)
+    for shape, config, method, lengths, checkpointing, gpu, weights in cases:
+        row = compare(shape, config, method, lengths, checkpointing=checkpointing, gpu=gpu, weights=weights, flops=flops)
         rows.append(row)
         ratio = row["ratio"]
+        how = f"{'checkpointing' if checkpointing else '':13} {'gpu' if gpu else 'cpu'}"
         print(
-            f"{shape.name:6} {method:5} prompt {lengths[0]:5} + {lengths[1]} x {lengths[2]:4} {'checkpointing' if checkpointing else '':13}"
+            f"{shape.name:6} {method:5} prompt {lengths[0]:5} + {lengths[1]} x {lengths[2]:4} {how}"
             f" saved {row['measured']['saved'] / 1e6:8.1f} MB, estimate x {ratio['saved']:.3f}"
             f" | peak {row['measured']['peak'] / 1e6:8.1f} MB, estimate x {ratio['peak']:.3f}"
             f" | {row['measured']['seconds']:6.2f} s, share of the GEMM peak {ratio['seconds']:.2f}",

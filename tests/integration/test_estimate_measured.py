@@ -29,10 +29,10 @@ def benchmark() -> Any:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lengths", [(24, 4, 60), (300, 3, 50)], ids=["prompt repeated", "prompt shared under a mask"])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_predicted_bytes_are_those_that_autograd_keeps(benchmark: Any, method: Any, lengths: Any, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("method", "gpu"), [("full", False), ("full", True), ("lora", False), ("lora", True)])
+def test_predicted_bytes_are_those_that_autograd_keeps(benchmark: Any, method: Any, lengths: Any, checkpointing: bool, gpu: bool) -> None:
     shape = shape_from({"model_type": "llama", **TINY}, "tiny")
-    found = benchmark.compare(shape, TINY, method, lengths, checkpointing=checkpointing)
+    found = benchmark.compare(shape, TINY, method, lengths, checkpointing=checkpointing, gpu=gpu)
     # every tensor is counted, so what differs is indices and scalars a token, which weigh the more the smaller the model: 2 to 5% here
     assert found["ratio"]["saved"] == pytest.approx(1, abs=0.15), found
     # the sum of all parts takes their worst moments for one moment, so it is an upper bound, looser for few layers; never far below
