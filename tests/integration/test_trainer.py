@@ -521,6 +521,11 @@ def test_an_unknown_loss_is_refused(tmp_path: Path) -> None:
         arguments(tmp_path, loss="orpo")
 
 
+def test_another_forward_pass_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use_liger_kernel would replace the forward pass"):
+        arguments(tmp_path, use_liger_kernel=True)
+
+
 def test_alpha_zero_needs_no_gaps(tmp_path: Path) -> None:
     none = [TrainingGroup(g.prompt, g.responses, tuple(TrainingPair(p.chosen, p.rejected, 0.0) for p in g.pairs)) for g in GROUPS]
     loss, grad = step(trainer_for(tmp_path, llama(), none, alpha=0.0), split(none, 2))

@@ -60,6 +60,8 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"loss must be one of {', '.join(_BETA)}; got {self.loss!r}")
         if self.attention not in ("rows", "flex"):
             raise ValueError(f"attention must be rows or flex; got {self.attention!r}")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel would replace the forward pass that the tiled LM head is part of: leave it out")
         if self.beta is None:
             self.beta = _BETA[self.loss]
         if self.beta <= 0 or min(self.gamma, self.alpha, self.sft_weight) < 0:
