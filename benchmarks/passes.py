@@ -127,17 +127,12 @@ def step_groups(args: argparse.Namespace) -> list[Any]:
     from transformers import AutoTokenizer
 
     from spalign.engines.models import resolve
-    from spalign.training.groups import encode_row, group_rows
+    from spalign.training.groups import group_rows
+    from spalign.training.rows import RowTokens, encode_row
 
     tokenizer = AutoTokenizer.from_pretrained(resolve("demo"))
-
-    def plain(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    encoded = (
-        encode_row(row, i, chat=plain, answer=lambda text: [*plain(text), tokenizer.eos_token_id], plain=plain)
-        for i, row in enumerate(data(tokenizer, args, 5, args.prompts))
-    )
+    tokens = RowTokens(tokenizer)
+    encoded = (encode_row(row, i, tokens=tokens) for i, row in enumerate(data(tokenizer, args, 5, args.prompts)))
     return group_rows(encoded, max_length=1 << 20, needs_gap=False)[0]
 
 

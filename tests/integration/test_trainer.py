@@ -63,7 +63,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     out = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    out.chat_template = "<s>{% for m in messages %} <user> {{ m.content }}{% endfor %}"
+    out.chat_template = "<s>{% for m in messages %}{% if m.role != 'assistant' %} <user>{% endif %} {{ m.content }}{% endfor %}"
     return out
 
 
@@ -748,7 +748,7 @@ def test_resuming_from_a_checkpoint_gives_the_same_weights(tmp_path: Path) -> No
     second = trainer_for(tmp_path / "b", model, EIGHT, **settings)
     second.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
     assert second.state.global_step == 8
-    assert gap(weights(model), through) < 1e-6
+    assert torch.equal(weights(model), through)
 
 
 class Poison(TrainerCallback):  # type: ignore[misc]
@@ -930,8 +930,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def ddp_settings() -> dict[str, Any]:
-    return {"num_train_epochs": 2, **SGD}
+def ddp_settings(what: str = "ddp") -> dict[str, Any]:
+    return {"num_train_epochs": 2, "dataloader_drop_last": what == "ddp-drop", **SGD}
 
 
 @pytest.fixture
@@ -1002,13 +1002,66 @@ def fsdp2_worker(folder: Path, what: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
-    # a step of four prompts: two ranks with two micro-batches of one, against one rank with one of four
-    start_ranks(workers, "ddp", tmp_path)
-    model = llama()
-    alone = trainer_for(tmp_path / "alone", model, EIGHT, per_device_train_batch_size=4, **ddp_settings())
+@pytest.mark.parametrize("what", ["trainer", "trainer-adapter"])
+def test_the_trainer_with_fsdp2_gives_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]], what: str) -> None:
+    """By accelerate, as with configs/accelerate/fsdp2.yaml; only its refusal of CPUs is talked past."""
+    start_ranks(workers, what, tmp_path)
+    model = llama(tie_word_embeddings=True)
+    alone = trainer_for(tmp_path / "alone", model, EIGHT, per_device_train_batch_size=4, peft_config=of_trainer(what), **ddp_settings())
     alone.train()
+    alone.save_model(str(tmp_path / "alone"))
+    held_out = alone.evaluate(GROUPS[:3])["eval_loss"]
     join_ranks(workers)
+    name = "adapter_model.safetensors" if of_trainer(what) else "model.safetensors"
+    here, there = (load_file(tmp_path / folder / name) for folder in ("alone", "two"))
+    assert here.keys() == there.keys() - {"lm_head.weight"}  # tied: it is written twice, and the same
+    assert "lm_head.weight" not in there or torch.equal(there["lm_head.weight"], there["model.embed_tokens.weight"])
+    assert max(gap(there[k], here[k]) for k in here) < 1e-5
+    for r in "01":
+        found = json.loads((tmp_path / f"found{r}.json").read_text())
+        assert found["losses"] == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-5)
+        assert found["held_out"] == pytest.approx(held_out, rel=1e-4)
+
+
+def of_trainer(what: str) -> LoraConfig | None:
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if what == "trainer-adapter" else None
+
+
+def fsdp2_trainer_worker(folder: Path, what: str) -> None:
+    from accelerate.state import DistributedType, PartialState
+
+    own = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    own |= {"RESHARD_AFTER_FORWARD": "true", "CPU_RAM_EFFICIENT_LOADING": "false", "TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    os.environ.update({"ACCELERATE_USE_FSDP": "true", **{f"FSDP_{k}": v for k, v in own.items()}})
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_backend": "gloo", **ddp_settings()}
+    args = arguments(folder / "run", **settings)
+    PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = SPATrainer(llama(tie_word_embeddings=True), args, EIGHT, tokenizer(), peft_config=of_trainer(what))
+    assert trainer.is_fsdp_enabled
+    assert trainer.accelerator.is_fsdp2
+    trainer.train()
+    found = {"losses": [e["loss"] for e in trainer.state.log_history if "loss" in e], "held_out": trainer.evaluate(GROUPS[:3])["eval_loss"]}
+    (folder / f"found{os.environ['RANK']}.json").write_text(json.dumps(found))
+    trainer.save_model(str(folder / "two"))
+    del trainer
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("what", ["ddp", "ddp-drop"])
+def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]], what: str) -> None:
+    # a step of four prompts: two ranks with two micro-batches of one, against one rank with one of four; five prompts, one of them left out
+    start_ranks(workers, what, tmp_path)
+    model = llama()
+    alone = trainer_for(tmp_path / "alone", model, of_ranks(what), per_device_train_batch_size=4, **ddp_settings(what))
+    alone.train()
+    held_out = alone.evaluate(GROUPS[:3])
+    join_ranks(workers)
+    for r in "01":  # three prompts do not share evenly
+        found = json.loads((tmp_path / f"evaluated{r}.json").read_text())
+        assert {k: v for k, v in found.items() if "_per_second" not in k and "runtime" not in k} == pytest.approx(
+            {k: v for k, v in held_out.items() if k in found and "_per_second" not in k and "runtime" not in k}, rel=1e-4
+        )
     together = [load_file(tmp_path / f"rank{r}.safetensors")["weights"] for r in "01"]
     assert torch.equal(together[0], together[1])
     assert gap(weights(model), weights(llama())) > 1e-3  # it moved
@@ -1017,13 +1070,17 @@ def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subproc
     assert losses == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-5)
 
 
-def ddp_worker(folder: Path) -> None:
+def of_ranks(what: str) -> list[TrainingGroup]:
+    return EIGHT[:5] if what == "ddp-drop" else EIGHT
+
+
+def ddp_worker(folder: Path, what: str) -> None:
     rank = os.environ["RANK"]
     model = llama()
-    trainer = trainer_for(
-        folder / "two", model, EIGHT, per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo", **ddp_settings()
-    )
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "ddp_backend": "gloo", **ddp_settings(what)}
+    trainer = trainer_for(folder / "two", model, of_ranks(what), **settings)
     trainer.train()
+    (folder / f"evaluated{rank}.json").write_text(json.dumps(trainer.evaluate(GROUPS[:3])))
     assert trainer.accelerator.num_processes == 2
     save_file({"weights": weights(model)}, folder / f"rank{rank}.safetensors")
     if rank == "0":
@@ -1062,5 +1119,9 @@ if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2])
     if what.startswith("fsdp2"):
         fsdp2_worker(folder, what)
+    elif what.startswith("ddp"):
+        ddp_worker(folder, what)
+    elif what.startswith("trainer"):
+        fsdp2_trainer_worker(folder, what)
     else:
-        {"ddp": ddp_worker, "poisoned": poisoned_worker}[what](folder)
+        poisoned_worker(folder)

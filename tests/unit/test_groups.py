@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from spalign.errors import DataError
-from spalign.training.groups import EncodedRow, TrainingGroup, TrainingPair, encode_row, group_rows
+from spalign.training.groups import EncodedRow, TrainingGroup, TrainingPair, group_rows
+from spalign.training.rows import RowTokens, encode_row
 
 P, Q = (1, 2), (1, 3)
 A, B, C = (5, 6, 9), (7, 9), (8, 9)
@@ -25,20 +27,27 @@ def grouped(*rows: EncodedRow, max_length: int = 100, needs_gap: bool = True) ->
     return groups, dict(dropped)
 
 
-def chat(turns: Any) -> list[int]:
-    return [100, *(len(t["content"]) for t in turns), 101]
+class Lengths(RowTokens):
+    """A text's token is its length; 1 begins a text, 100 and 101 stand around a conversation, 9 ends an answer."""
+
+    def __init__(self) -> None:
+        pass
+
+    def text(self, text: str) -> list[int]:
+        return [1, len(text)]
+
+    def chat(self, turns: list[Any], options: Mapping[str, Any]) -> list[int]:
+        return [100, *(len(t["content"]) for t in turns), *options.get("more", ()), 101]
+
+    def after_text(self, text: str) -> list[int]:
+        return [len(text), 9]
+
+    def after_chat(self, text: str, turns: list[Any], options: Mapping[str, Any]) -> list[int]:
+        return [len(text), 9]
 
 
-def answer(text: str) -> list[int]:
-    return [len(text), 9]
-
-
-def plain(text: str) -> list[int]:
-    return [1, len(text)]
-
-
-def encoded(value: dict[str, Any], index: int = 0) -> EncodedRow:
-    return encode_row(value, index, chat=chat, answer=answer, plain=plain)
+def encoded(value: Any, index: int = 0) -> EncodedRow:
+    return encode_row(value, index, tokens=Lengths())
 
 
 # -- grouping ---------------------------------------------------------------------------------------------------------
@@ -110,8 +119,11 @@ def test_a_gap_that_is_needed_and_missing_is_refused() -> None:
 @pytest.mark.parametrize("column", ["gap", "weight", "margin"])
 def test_numbers_that_are_negative_or_not_finite_are_dropped_and_counted(column: str, bad: float, needs_gap: bool) -> None:
     groups, dropped = grouped(row(), replace(row(P, A, C), **{column: bad}), needs_gap=needs_gap)
-    assert [len(g.pairs) for g in groups] == [1]
-    assert dropped == {"gap, weight or margin negative or not finite": 1}
+    unused = column == "gap" and not needs_gap
+    assert [len(g.pairs) for g in groups] == [2 if unused else 1]
+    assert dropped == ({} if unused else {"gap, weight or margin negative or not finite": 1})
+    with pytest.raises(DataError, match="negative or not finite"):
+        TrainingPair(0, 1, **{"gap": 1.0, column: bad})
 
 
 def test_a_gap_of_zero_is_fine() -> None:
@@ -182,14 +194,15 @@ def test_an_empty_text_is_an_empty_completion_not_a_lone_eos(empty: Any) -> None
 def test_a_missing_column_is_named(column: str) -> None:
     value = {"prompt": "abc", "chosen": "abcd", "rejected": "a"}
     del value[column]
-    with pytest.raises(DataError, match=f"row 3 has no column '{column}'"):
+    if column == "prompt":  # then it would be what both sides begin with alike
+        value |= {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    with pytest.raises(DataError, match=f"row 3 has no {column}"):
         encoded(value, 3)
 
 
 @pytest.mark.parametrize(
     "completion",
     [
-        None,
         5,
         [],
         ["a"],

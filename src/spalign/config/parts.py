@@ -15,6 +15,8 @@ Scorer = Literal["auto", "likert", "likert_expected", "yes_no_zero", "yes_no", "
 HUB_ID = r"^([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*$"
 OUTLETS = {"report_to", "push_to_hub", "accelerate"}
 """Options of `train` that say where things go and which processes do the work; they change nothing that is made."""
+BETA = {"spa": 2.5, "simpo": 2.5, "dpo": 0.1, "sft": 1.0}
+"""What `train.beta` is where none is given, by loss."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -237,6 +239,8 @@ class TrainConfig(Part):
     def _whole_forwards(self) -> Self:
         if self.prompts_per_step % self.prompts_per_forward:
             raise ValueError(f"prompts_per_forward {self.prompts_per_forward} must divide prompts_per_step {self.prompts_per_step}")
+        if self.loss == "sft" and self.sft_weight:
+            raise ValueError("sft_weight is of a likelihood beside pairs, and loss sft is that likelihood; leave it out")
         return self
 
 

@@ -34,8 +34,8 @@ def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dic
     """Model inputs and the pairs. Responses are numbered group after group.
 
     chosen, rejected: (pairs,) numbers of responses. gaps, and weights, margins where the pairs have them: (pairs,).
-    references: (responses,) summed nats under the reference policy, where the groups have them. names, per_group: of the groups, and how
-    many pairs each has.
+    references: (responses,) summed nats under the reference policy, where the groups have them. names: of the pairs. per_group: how many
+    pairs each group has.
     """
     first, chosen, rejected = 0, [], []
     for g in groups:
@@ -43,7 +43,11 @@ def collate(groups: Sequence[TrainingGroup], *, layout: Layout, pad: int) -> dic
         rejected += [first + p.rejected for p in g.pairs]
         first += len(g.responses)
     batch = _padded(groups, pad) if layout == "padded" else _packed(groups, lay_out if layout == "packed" else mark)
-    batch |= {"chosen": torch.tensor(chosen), "rejected": torch.tensor(rejected), "names": [g.name for g in groups]}
+    batch |= {
+        "chosen": torch.tensor(chosen),
+        "rejected": torch.tensor(rejected),
+        "names": [p.name or g.name for g in groups for p in g.pairs],
+    }
     batch["per_group"] = [len(g.pairs) for g in groups]
     batch["gaps"] = torch.tensor([p.gap for g in groups for p in g.pairs], dtype=torch.float32)
     for name in ("weight", "margin"):
@@ -107,10 +111,10 @@ def _targets(groups: Sequence[TrainingGroup], source: list[int]) -> dict[str, Te
 def without_groups_after(batch: dict[str, Any], count: int) -> None:
     """Take the pairs of all groups but the first `count` out of a batch: the rest runs along and counts for nothing."""
     pairs = sum(batch["per_group"][:count])
-    for part in ("chosen", "rejected", "gaps", "weights", "margins"):
+    for part in ("chosen", "rejected", "gaps", "weights", "margins", "names"):
         if part in batch:
             batch[part] = batch[part][:pairs]
-    batch["names"], batch["per_group"] = batch["names"][:count], batch["per_group"][:count]
+    batch["per_group"] = batch["per_group"][:count]
 
 
 _CHECK = TrainingGroup((3, 7, 4, 9, 5), ((8, 6, 2), (5, 3, 9, 7, 4, 8), (6, 2, 8, 3)), (TrainingPair(0, 1, 1.0),), "check")
@@ -210,6 +214,16 @@ def response_logps(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     count = torch.bincount(batch["owner"])
     total = torch.zeros(len(count), dtype=logps.dtype, device=logps.device).index_add(0, batch["owner"], logps)
     return total / count, count
+
+
+def window_of(config: Any) -> int:
+    """Tokens that a row may have. With LongRoPE those of the original window: beyond it all rotations change, so that a longer row would
+    change what the others of its batch are."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if any(r.get("rope_type") == "longrope" for r in (rope, *rope.values()) if isinstance(r, dict)):
+        return int(rope.get("original_max_position_embeddings") or text.original_max_position_embeddings)
+    return int(getattr(text, "max_position_embeddings", None) or 1 << 20)
 
 
 def layout_for(config: Any) -> Layout:

@@ -8,22 +8,19 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from spalign.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-Encode = Callable[[Any], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingPair:
     """chosen, rejected: indices into the group's responses. gap: Delta_i of Eq. 3, in score points (1 where the data has none).
 
-    weight, margin: of this pair, in place of Eq. 3's weight and of gamma, where the data gives them.
+    weight, margin: of this pair, in place of Eq. 3's weight and of gamma, where the data gives them. name: of its row, for messages.
     """
 
     chosen: int
@@ -31,6 +28,11 @@ class TrainingPair:
     gap: float
     weight: float | None = None
     margin: float | None = None
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if any(x is not None and not 0 <= x < math.inf for x in (self.gap, self.weight, self.margin)):
+            raise DataError(f"pair {self.name}: gap, weight or margin is negative or not finite", hint="leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def group_rows(rows: Iterable[EncodedRow], *, max_length: int, needs_gap: bool) 
     """Groups in order of first appearance, and how many rows were dropped for which reason.
 
     Dropped and counted: empty completions, rows longer than `max_length` tokens, identical sides, repeated pairs (the first stays), numbers
-    that are negative or not finite. Raises DataError where a gap is needed (spa, alpha > 0) and a row has none.
+    that are negative or not finite (a gap only where it is needed). Raises DataError where it is needed (spa, alpha > 0) and is not there.
     """
     dropped: Counter[str] = Counter()
     by_prompt: dict[tuple[int, ...], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], TrainingPair], str]] = {}
@@ -87,7 +89,8 @@ def group_rows(rows: Iterable[EncodedRow], *, max_length: int, needs_gap: bool) 
                 f"row {row.name} has no gap",
                 hint="give 'gap' (|difference of the summed scores|, >= 0) in every row, or name a weight_column, or set alpha to 0",
             )
-        if any(x is not None and not 0 <= x < math.inf for x in (row.gap, row.weight, row.margin)):
+        gap = row.gap if needs_gap and row.gap is not None else 1.0
+        if any(x is not None and not 0 <= x < math.inf for x in (gap, row.weight, row.margin)):
             dropped["gap, weight or margin negative or not finite"] += 1
         elif not row.prompt or not row.chosen or not row.rejected:
             dropped["empty"] += 1
@@ -101,60 +104,10 @@ def group_rows(rows: Iterable[EncodedRow], *, max_length: int, needs_gap: bool) 
             if (c, r) in pairs:
                 dropped["repeated"] += 1
             else:
-                pairs[(c, r)] = TrainingPair(c, r, 1.0 if row.gap is None else row.gap, row.weight, row.margin)
+                pairs[(c, r)] = TrainingPair(c, r, gap, row.weight, row.margin, row.name)
     if dropped:
         logger.warning("spalign: dropped rows: %s", ", ".join(f"{n} {why}" for why, n in sorted(dropped.items())))
     groups = [
         TrainingGroup(prompt, tuple(responses), tuple(pairs.values()), name) for prompt, (responses, pairs, name) in by_prompt.items()
     ]
     return groups, dropped
-
-
-def encode_row(
-    row: Mapping[str, Any],
-    index: int,
-    *,
-    chat: Encode,
-    answer: Encode,
-    plain: Encode,
-    weight_column: str | None = None,
-    margin_column: str | None = None,
-) -> EncodedRow:
-    """A row of TRL's preference format as token ids.
-
-    `prompt`/`chosen`/`rejected` are lists of {role, content} turns (conversational; a completion's turns are the assistant's) or plain
-    strings. Where the row has `prompt_ids`, `chosen_ids`, `rejected_ids`, those are taken as they are: what was generated is what is
-    trained on. `gap` is optional; columns that are named for weights and margins must be there.
-    """
-    name = str(row.get("id") or index)
-    try:
-        prompt = row.get("prompt_ids")
-        if prompt is None:
-            prompt = chat(row["prompt"]) if isinstance(row["prompt"], list) else plain(row["prompt"])
-        sides = [
-            ids if (ids := row.get(f"{side}_ids")) is not None else _completion(row[side], answer, name) for side in ("chosen", "rejected")
-        ]
-    except KeyError as e:
-        raise DataError(f"row {name} has no column {e}", hint="rows need prompt, chosen and rejected (TRL's preference format)") from None
-    numbers = [_number(row, column, name, needed) for column, needed in (("gap", False), (weight_column, True), (margin_column, True))]
-    return EncodedRow(tuple(prompt), tuple(sides[0]), tuple(sides[1]), numbers[0], name, numbers[1], numbers[2])
-
-
-def _number(row: Mapping[str, Any], column: str | None, name: str, needed: bool) -> float | None:
-    if column is None:
-        return None
-    value = row.get(column)
-    if value is None and not needed:
-        return None
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise DataError(f"row {name}: {column} is {value!r}", hint="give a number >= 0 in every row, or leave the column out") from None
-
-
-def _completion(value: Any, answer: Encode, name: str) -> list[int]:
-    if isinstance(value, str):
-        return answer(value) if value else []
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
-        return answer(value[0]["content"]) if value[0]["content"] else []
-    raise DataError(f"row {name}: a completion must be a string or one assistant turn", hint="put earlier turns into the prompt")

@@ -134,7 +134,7 @@ def add_logps(model: Any) -> None:
     def forward(self: Any, *args: Any, source: Tensor | None = None, target: Tensor | None = None, **kwargs: Any) -> Any:
         if source is None or target is None:
             return original(*args, **kwargs)
-        head = self.get_output_embeddings()  # looked up now: FSDP and PEFT replace it
+        head = the_head(self)  # looked up now: FSDP and PEFT replace it
         if not self.spalign_tiled or not _plain(head):
             one_row = kwargs["input_ids"].shape[0] == 1
             logits = original(*args, **kwargs, logits_to_keep=source if one_row else 0).logits.flatten(0, 1)
@@ -144,6 +144,16 @@ def add_logps(model: Any) -> None:
 
     model.forward = MethodType(forward, model)
     model.spalign_tiled = True
+
+
+def the_head(model: Any) -> Any:
+    """The module that makes the logits; of one that PEFT trains whole (`modules_to_save`) the copy that is in use."""
+    head = model.get_output_embeddings()
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None:
+        return head
+    used = next(iter(head.active_adapters), None)
+    return head.original_module if head.disable_adapters or used not in copies else copies[used]
 
 
 def _plain(head: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,6 +17,15 @@ from spalign.store import clear_errors
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KNOWN = (
+    "Found missing adapter keys",  # an error of ours
+    "`lora_bias=True` was passed but",  # an error when it is merged
+    r"Adapter .* LoRA tensor\(s\) have invalid shape",  # of lora_bias, which is a vector; what does not fit is an error
+    "Model has `tie_word_embeddings=True`",  # it is untied before it is merged
+)
+"""What PEFT warns of where it puts an adapter on its base."""
+_ROUNDING = 1e-4
+"""Of the largest logit: by so much two orders of the same float32 sums may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +110,38 @@ def _named_base(adapter: Path, config: dict[str, Any]) -> str:
 
 
 def _merged(whole: Any, adapter: Path, base: str) -> tuple[Any, int]:
-    """The base with the adapter in it, and how many modules that changed. Raises ModelError where the two do not fit exactly."""
+    """The base with the adapter in it, and how many modules that changed. Raises ModelError where the two do not fit exactly, and where
+    they say another thing merged than they do side by side."""
+    import torch
+
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    tied = getattr(head, "weight", None) is embedding.weight
+    model, modules = _fitted(whole, adapter, base)
+    apart = _logits(model)
+    untied = tied and (whole.get_input_embeddings() is not embedding or whole.get_output_embeddings() is not head)
+    if untied:  # the adapter is on one of them, and what it adds must not reach the other
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        _say_tied(whole, False)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError) as e:
+        broken = isinstance(e, ValueError)
+        raise ModelError(
+            f"{adapter}: cannot be merged: {str(e).splitlines()[0]}",
+            hint="its training went wrong; use an earlier one" if broken else "use it as it is: on its base, with peft",
+        ) from e
+    if apart is not None and not _same(apart, _logits(merged)):
+        raise ModelError(
+            f"{adapter}: merged into '{base}' it gives other logits than on it", hint="use it as it is: on its base, with peft"
+        )
+    if untied and torch.equal((one := merged.get_input_embeddings()).weight, (other := merged.get_output_embeddings()).weight):
+        other.weight = one.weight
+        _say_tied(merged, True)
+    return merged, modules
+
+
+def _fitted(whole: Any, adapter: Path, base: str) -> tuple[Any, int]:
+    """The base with the adapter on it, and on how many modules. Raises ModelError where the two do not fit exactly."""
     import warnings
 
     from peft import PeftModel, get_peft_model_state_dict
@@ -111,9 +152,10 @@ def _merged(whole: Any, adapter: Path, base: str) -> tuple[Any, int]:
         with safe_open(adapter / _WEIGHTS, "pt") as f:
             saved = {key for key in f.keys() if "lora_" in key}  # noqa: SIM118
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, below
+            for known in _KNOWN:
+                warnings.filterwarnings("ignore", message=known)
             model = PeftModel.from_pretrained(whole, adapter)
-        wanted = {key for key in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in key}
+            wanted = {key for key in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in key}
     except SafetensorError as e:
         raise ModelError(f"{adapter / _WEIGHTS}: cannot be read: {e}", hint="the file is damaged; copy it again") from e
     except (RuntimeError, ValueError, KeyError, TypeError) as e:
@@ -126,12 +168,34 @@ def _merged(whole: Any, adapter: Path, base: str) -> tuple[Any, int]:
             f"{len(wanted - saved)} places get none" + (f" ({odd[0]})" if odd else ""),
             hint=hint,
         )
+    return model, sum(".lora_A." in key or "lora_embedding_A" in key for key in saved)
+
+
+def _say_tied(model: Any, tied: bool) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
+
+
+def _logits(model: Any) -> Any:
+    """(2, vocabulary), after two rows of four tokens; None where the model does not run on a CPU, or not on tokens alone."""
+    import torch
+
     try:
-        return model.merge_and_unload(safe_merge=True), sum(".lora_A." in key or "lora_embedding_A" in key for key in saved)
-    except ValueError as e:
-        raise ModelError(
-            f"{adapter}: cannot be merged: {str(e).splitlines()[0]}", hint="its training went wrong; use an earlier one"
-        ) from e
+        ids = torch.arange(8).view(2, 4) * (model.config.get_text_config().vocab_size // 8)
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits[:, -1].float()
+    except Exception:  # whatever its own code raises
+        return None
+
+
+def _same(apart: Any, merged: Any) -> bool:
+    """Whether they differ by rounding only, after one of the rows at least: rounding may send the tokens of one to another expert."""
+    import torch
+
+    scale = float(apart.amax(-1).abs().max())  # not of the lowest: some models mask with them
+    if not math.isfinite(scale):
+        return True
+    return merged is not None and bool(torch.isclose(merged, apart, rtol=0, atol=_ROUNDING * scale).all(-1).any())
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:

@@ -4,74 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+from transformers.trainer_utils import speed_metrics
 
 from spalign.errors import DataError
 from spalign.training.adapters import fuse_adapters
-from spalign.training.batches import collate, prepare, response_logps, without_groups_after
-from spalign.training.groups import TrainingGroup, encode_row, group_rows
+from spalign.training.arguments import SPAConfig
+from spalign.training.batches import Layout, collate, prepare, response_logps, window_of, without_groups_after
+from spalign.training.dropout import without_dropout
+from spalign.training.groups import TrainingGroup, group_rows
+from spalign.training.head import the_head
 from spalign.training.loss import dpo_loss, pair_weights, sft_loss, spa_loss
+from spalign.training.rows import RowTokens, encode_row
+
+__all__ = ["SPAConfig", "SPATrainer", "StepTotals"]
 
 logger = logging.getLogger(__name__)
-
-_BETA = {"spa": 2.5, "simpo": 2.5, "dpo": 0.1, "sft": 1.0}
-
-
-@dataclass
-class SPAConfig(TrainingArguments):  # type: ignore[misc]
-    """Arguments of `SPATrainer`: those of `TrainingArguments`, and the loss's.
-
-    A batch counts prompts: per_device_train_batch_size=2 runs two prompts, with all their responses and pairs, in one forward pass.
-    loss: `spa` (Eq. 3), `simpo` (Eq. 3 with all weights 1), `dpo` (against the policy as it was before training), `sft` (on the chosen).
-    beta: scale of the mean log-probabilities, for dpo of the summed ones. gamma: target margin, absolute. alpha: exponent of the weight.
-    sft_weight: of the mean negative log-probability a token of the pairs' chosen responses, added to a loss of pairs (CPO's `cpo_alpha`).
-    weight_column, margin_column: columns of the data to take a pair's weight (instead of Eq. 3's, for every loss of pairs) or its margin
-    (instead of gamma) from.
-    attention: over a packed row: `rows`, by plain causal kernels on any device, or `flex`, by torch's flex attention on CUDA.
-    max_length: rows whose prompt and completion exceed it are dropped and counted (None: the model's window).
-    """
-
-    loss: str = field(default="spa", metadata={"help": "spa, simpo, dpo or sft."})
-    beta: float | None = field(default=None, metadata={"help": "Scale of log-probabilities; 2.5, and 0.1 for dpo."})
-    gamma: float = field(default=1.0, metadata={"help": "Target margin, absolute (not gamma/beta)."})
-    alpha: float = field(default=1.0, metadata={"help": "Exponent of the pair weights; 0 is plain SimPO."})
-    sft_weight: float = field(default=0.0, metadata={"help": "Weight of the chosen responses' negative log-likelihood beside the pairs."})
-    weight_column: str | None = field(default=None, metadata={"help": "Column with the weights of pairs."})
-    margin_column: str | None = field(default=None, metadata={"help": "Column with the target margins of pairs."})
-    attention: Literal["rows", "flex"] = field(default="rows", metadata={"help": "rows or flex (CUDA)."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest prompt plus completion, in tokens."})
-    learning_rate: float = field(default=1e-6, metadata={"help": "AdamW's peak learning rate."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Prompts in one forward pass."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are encoded by the trainer."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss not in _BETA:
-            raise ValueError(f"loss must be one of {', '.join(_BETA)}; got {self.loss!r}")
-        if self.attention not in ("rows", "flex"):
-            raise ValueError(f"attention must be rows or flex; got {self.attention!r}")
-        if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel would replace the forward pass that the tiled LM head is part of: leave it out")
-        if self.beta is None:
-            self.beta = _BETA[self.loss]
-        if self.beta <= 0 or min(self.gamma, self.alpha, self.sft_weight) < 0:
-            numbers = f"{self.beta}, {self.gamma}, {self.alpha}, {self.sft_weight}"
-            raise ValueError(f"beta must be > 0, gamma, alpha and sft_weight >= 0; got {numbers}")
-
-    @property
-    def weighs_by_gap(self) -> bool:
-        """Whether Eq. 3's weights are in use."""
-        return self.loss == "spa" and self.alpha > 0 and self.weight_column is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +50,73 @@ class StepTotals:
     pair_tokens: float
     """Of the pairs' chosen responses, one that stands in three pairs three times."""
 
+    @classmethod
+    def of(cls, sums: Sequence[float] | Tensor) -> StepTotals:
+        """From what `_counted` counts."""
+        pairs, gap, once, each = (float(x) for x in sums)
+        return cls(pairs, gap / pairs if gap > 0 else 1.0, once, each)
+
+
+def _groups(rows: Any, *, model: Any, args: SPAConfig, tokenizer: Any) -> tuple[list[TrainingGroup], dict[str, int]]:
+    """What is trained on, and how many rows were dropped for which reason."""
+    if isinstance(rows, Mapping):
+        raise DataError(f"the data is a mapping ({', '.join(map(str, rows))})", hint="give one split, or a list of rows")
+    rows = [] if rows is None else list(rows)
+    if not rows:
+        raise DataError("the training data is empty", hint="see the funnel for where the pairs went")
+    longest = min(args.max_length or 1 << 20, window_of(model.config))
+    if all(isinstance(r, TrainingGroup) for r in rows):
+        groups = [g for g in rows if len(g.prompt) + max(map(len, g.responses)) <= longest]
+        dropped = {"too long": len(rows) - len(groups)} if len(groups) < len(rows) else {}
+        for column, part in ((args.weight_column, "weight"), (args.margin_column, "margin")):
+            if column and any(getattr(p, part) is None for g in groups for p in g.pairs):
+                raise DataError(f"a group's pairs have no {part}", hint=f"give every TrainingPair one, or leave out {part}_column")
+    else:
+        tokens = RowTokens(tokenizer)
+        columns = {"weight_column": args.weight_column, "margin_column": args.margin_column}
+        encoded = (encode_row(row, i, tokens=tokens, **columns) for i, row in enumerate(rows))
+        groups, counts = group_rows(encoded, max_length=longest, needs_gap=args.weighs_by_gap)
+        dropped = dict(counts)
+    if not groups:
+        raise DataError(f"no pair is left to train on (dropped: {dropped})", hint="see the reasons; raise max_length for 'too long'")
+    vocabulary = model.config.get_text_config().vocab_size
+    for g in groups:
+        if max(map(max, (g.prompt, *g.responses))) >= vocabulary:
+            raise DataError(f"group {g.name}: a token id is beyond the model's {vocabulary} embeddings", hint="take the model's tokenizer")
+    return groups, dropped
+
+
+def _ready(model: Any, args: SPAConfig, peft_config: Any) -> tuple[Layout, Any]:
+    """The layout of batches, and the model, prepared for it, with its adapter."""
+    from peft import PeftModel, get_peft_model
+
+    if args.attention == "flex" and not getattr(model, "is_quantized", False):
+        model.to(args.device)  # where it is tried
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if args.disable_dropout:
+        without_dropout(base)
+    layout = prepare(base, args.attention)
+    if peft_config is not None:
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(f"{type(peft_config).__name__} puts tokens before every row; SPATrainer trains LoRA and DoRA adapters")
+        set_seed(args.seed)  # or the adapter's first weights would be another session's
+        model = get_peft_model(model, peft_config)
+    if isinstance(model, PeftModel):
+        fuse_adapters(model)
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+    if not isinstance(the_head(base), torch.nn.Linear):
+        logger.warning("spalign: an adapter is on the LM head: all logits of response tokens are made at once")
+    return layout, model
+
 
 class SPATrainer(Trainer):  # type: ignore[misc]
     """Trains a policy on preference rows; identical prompts and responses are found and run once.
 
-    model: a model, or a name that `from_pretrained` takes (loaded in float32: bf16 weights lose updates of 1e-5).
+    model: a model (of PEFT's, too), or a name that `from_pretrained` takes (loaded in float32: bf16 weights lose updates of 1e-5).
     train_dataset: rows in TRL's preference format (`prompt`, `chosen`, `rejected`; optional `gap`, `prompt_ids`, `chosen_ids`,
-    `rejected_ids`, `id`, and the columns that the arguments name; others are ignored), or `TrainingGroup`s.
-    processing_class: the tokenizer. peft_config: trains an adapter instead of all weights.
+    `rejected_ids`, `id`, and the columns that the arguments name; others are ignored), or `TrainingGroup`s. eval_dataset: the same, or
+    several by name. processing_class: the tokenizer. peft_config: trains a LoRA or DoRA adapter instead of all weights.
     dropped: rows that were left out, by reason.
     Raises DataError where nothing is left to train on, or Eq. 3's weights are in use and gaps are missing; FloatingPointError, naming the
     rows, at a step whose loss or gradient is not finite, before it changes a weight.
@@ -108,88 +132,129 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         args = args or SPAConfig(output_dir="spa-out")
+        if not isinstance(args, SPAConfig):
+            raise ValueError(f"args must be an SPAConfig; got {type(args).__name__}")
+        if kwargs.get("compute_metrics"):
+            raise ValueError("compute_metrics gets no predictions here: `evaluate` gives the loss and the pairs' metrics")
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if processing_class is None:
-            from transformers import AutoTokenizer
-
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            if not (name := model.config._name_or_path):
+                raise ValueError("the model names no tokenizer: give it as processing_class")
+            processing_class = AutoTokenizer.from_pretrained(name)
         self.train_dataset: list[TrainingGroup]
-        self.dropped: dict[str, int] = {}
-        groups = self._groups(train_dataset, model, args, processing_class)
-        if args.attention == "flex" and not getattr(model, "is_quantized", False):
-            model.to(args.device)  # where it is tried
-        layout = prepare(model, args.attention)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            set_seed(args.seed)  # or the adapter's first weights would be another session's
-            model = get_peft_model(model, peft_config)
-            fuse_adapters(model)
-            if args.gradient_checkpointing:
-                model.enable_input_require_grads()
+        self.eval_dataset: Any
+        self._read = partial(_groups, model=model, args=args, tokenizer=processing_class)
+        groups, self.dropped = self._read(train_dataset)
+        held_out = self._held_out(kwargs.pop("eval_dataset", None))
+        layout, model = _ready(model, args, peft_config)
         pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
         collator = partial(collate, layout=layout, pad=pad)
-        super().__init__(model=model, args=args, train_dataset=groups, data_collator=collator, processing_class=processing_class, **kwargs)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=groups,
+            eval_dataset=held_out,
+            data_collator=collator,
+            processing_class=processing_class,
+            **kwargs,
+        )
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
         self._totals = StepTotals(1.0, 1.0, 1.0, 1.0)
         self._names: list[str] = []
         self._metrics: list[Tensor] = []
         self._not_finite: list[str] = []
 
-    def _groups(self, rows: Any, model: Any, args: SPAConfig, tokenizer: PreTrainedTokenizerBase) -> list[TrainingGroup]:
-        if not rows:
-            raise DataError("the training data is empty", hint="see the funnel for where the pairs went")
-        if all(isinstance(r, TrainingGroup) for r in rows):
-            return list(rows)
-
-        def chat(turns: Any) -> list[int]:
-            return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
-
-        def answer(text: str) -> list[int]:
-            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-
-        def plain(text: str) -> list[int]:
-            return list(tokenizer(text)["input_ids"])
-
-        window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-        columns = {"weight_column": args.weight_column, "margin_column": args.margin_column}
-        encoded = (encode_row(row, i, chat=chat, answer=answer, plain=plain, **columns) for i, row in enumerate(rows))
-        groups, dropped = group_rows(encoded, max_length=min(args.max_length or window, window), needs_gap=args.weighs_by_gap)
-        self.dropped = dict(dropped)
-        if not groups:
-            raise DataError(
-                f"no pair is left to train on (dropped: {self.dropped})", hint="see the reasons; raise max_length for 'too long'"
-            )
-        return groups
+    def _held_out(self, rows: Any) -> Any:
+        """Groups, or groups by name."""
+        if isinstance(rows, Mapping):
+            return {name: self._read(some)[0] for name, some in rows.items()}
+        return None if rows is None else self._read(rows)[0]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; for DPO after one pass over all responses with the policy as it is now, the adapter off."""
-        if self.args.loss == "dpo" and not all(g.references for g in self.train_dataset):
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise DataError(
-                    "dpo's reference pass runs before the weights are spread over devices",
-                    hint="give TrainingGroups with `references`, or train with DDP",
-                )
+        """As `Trainer.train`; for DPO after one pass over all responses with the policy as it is now."""
+        if self.args.loss == "dpo":
             self.train_dataset = self._with_references(self.train_dataset)
+            held_out = self.eval_dataset
+            if isinstance(held_out, dict):
+                self.eval_dataset = {name: self._with_references(groups) for name, groups in held_out.items()}
+            elif held_out is not None:
+                self.eval_dataset = self._with_references(held_out)
         return super().train(*args, **kwargs)
 
     @torch.no_grad()
-    def _with_references(self, groups: Sequence[TrainingGroup]) -> list[TrainingGroup]:
-        self._move_model_to_device(self.model, self.args.device)
-        adapter_off = getattr(self.model, "disable_adapter", contextlib.nullcontext)
-        training = self.model.training
-        self.model.eval()
+    def _with_references(self, groups: list[TrainingGroup]) -> list[TrainingGroup]:
+        if all(g.references for g in groups):
+            return groups
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise DataError(
+                "dpo's reference pass runs before the weights are spread over devices",
+                hint="give TrainingGroups with `references`, or train with DDP",
+            )
         out: list[TrainingGroup] = []
-        with adapter_off(), self.autocast_smart_context_manager() if self.args.bf16 else contextlib.nullcontext():
+        with self._evaluating() as model:
             for i in range(0, len(groups), self.args.per_device_train_batch_size):
                 some = groups[i : i + self.args.per_device_train_batch_size]
-                logps, count = response_logps(self.model, self._prepare_inputs(self.data_collator(some)))
+                logps, count = response_logps(model, self._prepare_inputs(self.data_collator(some)))
                 sums = iter((logps * count).tolist())
                 out += [replace(g, references=tuple(next(sums) for _ in g.responses)) for g in some]
-        self.model.train(training)
         return out
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[Any]:
+        """The policy, for passes without a gradient."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.model_wrapped if sharded else self.model
+        if not sharded:
+            self._move_model_to_device(model, self.args.device)
+        training = model.training
+        model.eval()
+        try:
+            with self.autocast_smart_context_manager() if self.args.bf16 else contextlib.nullcontext():
+                yield model
+        finally:
+            model.train(training)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss and metrics of held-out pairs; what a loss divides by is counted over all of them, on all ranks.
+
+        eval_dataset: as the trainer takes it; default: what it was given. Raises DataError where there is none.
+        """
+        data = self.eval_dataset if eval_dataset is None else self._held_out(eval_dataset)
+        if data is None:
+            raise DataError("there is nothing to evaluate on", hint="give eval_dataset")
+        if isinstance(data, dict):
+            each = (self.evaluate(groups, ignore_keys, f"{metric_key_prefix}_{name}") for name, groups in data.items())
+            return {key: value for found in each for key, value in found.items()}
+        if self.args.loss == "dpo" and self.state.global_step and not all(g.references for g in data):
+            raise DataError("dpo's reference is the policy before training", hint="give these rows to the trainer as eval_dataset")
+        data = self._with_references(data) if self.args.loss == "dpo" else data
+        began, ranks, rank = time.time(), self.accelerator.num_processes, self.accelerator.process_index
+        size = self.args.per_device_eval_batch_size
+        batches = [self.data_collator(data[i : i + size]) for i in range(0, len(data), size)]
+        totals = StepTotals.of(_counted(batches))
+        mine = [*batches[rank::ranks]]
+        if len(mine) < -(-len(batches) // ranks):  # all ranks make as many passes
+            mine.append(dict(batches[-1]))
+            without_groups_after(mine[-1], 0)
+        sums = torch.zeros(8, device=self.args.device)
+        with self._evaluating() as model:
+            for batch in map(self._prepare_inputs, mine):
+                logps, count = response_logps(model, batch)
+                loss = self._loss(logps, count, batch, totals)
+                sums += torch.cat([loss.detach().float().reshape(1), _pair_sums(logps, count, batch)])
+        loss, *pairs = self.accelerator.reduce(sums, reduction="sum").tolist()
+        found = {"loss": loss, **_pair_metrics(pairs)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics |= speed_metrics(metric_key_prefix, began, num_samples=len(data), num_steps=len(batches))
+        super().log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """There is nothing to predict. Raises ValueError."""
+        raise ValueError("SPATrainer predicts nothing: `evaluate` gives loss and metrics of pairs, `spalign judge` scores answers")
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """The micro-batches of one optimiser step; what a loss divides by is counted over all of them and all ranks."""
@@ -197,20 +262,18 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         if self.accelerator.num_processes > 1:
             self._count_once(batches)
         self._not_finite.clear()
-        mine = torch.zeros(4, dtype=torch.float64)
-        for b in batches:
-            count = torch.bincount(b["owner"])
-            once, each = count[b["chosen"].unique()].sum(), count[b["chosen"]].sum()
-            mine += torch.tensor([len(b["gaps"]), b["gaps"].double().sum(), once, each], dtype=torch.float64)
-        pairs, gap, once, each = self.accelerator.reduce(mine.float().to(device), reduction="sum").tolist()
+        sums = self.accelerator.reduce(_counted(batches).float().to(device), reduction="sum").tolist()
+        pairs, gap, *_ = sums
         if self.args.weighs_by_gap and batches and gap <= 0:  # Eq. 3 is 0/0 there: pairs of no weight
             logger.warning("spalign: all %d pairs of step %d have gap 0 and so no weight", pairs, self.state.global_step + 1)
-        self._totals = StepTotals(pairs, gap / pairs if gap > 0 else 1.0, once, each)
+        self._totals = StepTotals.of(sums)
         self._names = [name for b in batches for name in b["names"]]
         return batches, None
 
     def _count_once(self, batches: list[dict[str, Any]]) -> None:
         """An epoch whose prompts do not share evenly among the ranks is filled up with prompts that have been: these count for nothing."""
+        if self.args.dataloader_drop_last:  # leaves them out instead
+            return
         ranks, size, prompts = self.accelerator.num_processes, self.args.per_device_train_batch_size, len(self.train_dataset)
         rounds = -(-prompts // (ranks * size))
         steps = -(-rounds // self.args.gradient_accumulation_steps)
@@ -223,32 +286,33 @@ class SPATrainer(Trainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """This micro-batch's share of the step's loss; the shares of a step add up to it."""
         logps, count = response_logps(model, inputs)
-        loss = self._loss(logps, count, inputs)
+        loss = self._loss(logps, count, inputs, self._totals)
         if not torch.isfinite(loss):
-            self._not_finite.append(f"loss is {loss.item()} at step {self.state.global_step + 1}, in {_listed(inputs['names'])}")
+            names = self._names_not_finite(logps, count, inputs)
+            self._not_finite.append(f"loss is {loss.item()} at step {self.state.global_step + 1}, in {_listed(names)}")
             if self.accelerator.num_processes == 1:
                 raise FloatingPointError(self._not_finite[0])  # of several ranks all must stop, at the end of the step
-        chosen, rejected = logps[inputs["chosen"]], logps[inputs["rejected"]]
         with torch.no_grad():
-            self._metrics.append(
-                torch.stack(
-                    [
-                        (chosen > rejected).sum().float(),
-                        (chosen - rejected).sum(),
-                        chosen.sum(),
-                        rejected.sum(),
-                        count[inputs["chosen"]].sum().float(),
-                        count[inputs["rejected"]].sum().float(),
-                        torch.tensor(float(len(chosen)), device=loss.device),
-                    ]
-                )
-            )
+            self._metrics.append(_pair_sums(logps, count, inputs))
         # DDP averages gradients over ranks; the loss is already divided by what all ranks have
         loss = loss * self.accelerator.num_processes
         return (loss, {"logps": logps}) if return_outputs else loss
 
-    def _loss(self, logps: Tensor, count: Tensor, inputs: dict[str, Any]) -> Tensor:
-        args, totals = self.args, self._totals
+    @torch.no_grad()
+    def _names_not_finite(self, logps: Tensor, count: Tensor, inputs: dict[str, Any]) -> list[str]:
+        """Rows whose own share of the loss is not finite; all, where only the sum is not."""
+        parts = [part for part in ("chosen", "rejected", "gaps", "weights", "margins") if part in inputs]
+        found = []
+        for i, name in enumerate(inputs["names"]):
+            alone = dict(inputs)
+            for part in parts:
+                alone[part] = inputs[part][i : i + 1]
+            if not torch.isfinite(self._loss(logps, count, alone, self._totals)):
+                found.append(name)
+        return found or inputs["names"]
+
+    def _loss(self, logps: Tensor, count: Tensor, inputs: dict[str, Any], totals: StepTotals) -> Tensor:
+        args = self.args
         chosen, rejected = inputs["chosen"], inputs["rejected"]
         if args.loss == "sft":
             once = chosen.unique()
@@ -282,17 +346,8 @@ class SPATrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy, margin and log-probabilities of the pairs since the last log; also to the trackers."""
         if self._metrics:
-            mine = torch.stack(self._metrics).sum(0)
-            right, margin, chosen, rejected, c_len, r_len, n = self.accelerator.reduce(mine, reduction="sum").tolist()
-            logs = {
-                **logs,
-                "pairs/accuracy": right / n,
-                "pairs/margin": margin / n,
-                "logps/chosen": chosen / n,
-                "logps/rejected": rejected / n,
-                "length/chosen": c_len / n,
-                "length/rejected": r_len / n,
-            }
+            sums = self.accelerator.reduce(torch.stack(self._metrics).sum(0), reduction="sum").tolist()
+            logs = {**logs, **_pair_metrics(sums)}
             self._metrics.clear()
         super().log(logs, start_time)
 
@@ -302,6 +357,32 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
 
+def _counted(batches: Sequence[dict[str, Any]]) -> Tensor:
+    """(4,): pairs, their gaps, tokens of distinct chosen responses, tokens of the pairs' chosen responses."""
+    out = torch.zeros(4, dtype=torch.float64)
+    for b in batches:
+        count = torch.bincount(b["owner"])
+        once, each = count[b["chosen"].unique()].sum(), count[b["chosen"]].sum()
+        out += torch.tensor([len(b["gaps"]), b["gaps"].double().sum(), once, each], dtype=torch.float64)
+    return out
+
+
+def _pair_sums(logps: Tensor, count: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """(7,), what `_pair_metrics` makes means of."""
+    chosen, rejected = (logps[inputs[side]] for side in ("chosen", "rejected"))
+    tokens = (count[inputs[side]].sum().float() for side in ("chosen", "rejected"))
+    right = (chosen > rejected).sum().float()
+    pairs = torch.tensor(float(len(chosen)), device=logps.device)
+    return torch.stack([right, (chosen - rejected).sum(), chosen.sum(), rejected.sum(), *tokens, pairs])
+
+
+def _pair_metrics(sums: Sequence[float]) -> dict[str, float]:
+    names = ("pairs/accuracy", "pairs/margin", "logps/chosen", "logps/rejected", "length/chosen", "length/rejected")
+    *of_pairs, pairs = sums
+    return {name: value / pairs for name, value in zip(names, of_pairs, strict=True)}
+
+
 def _listed(names: Sequence[str]) -> str:
+    names = list(dict.fromkeys(names))
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return "rows " + ", ".join(names[:8]) + more

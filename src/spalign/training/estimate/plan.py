@@ -68,6 +68,10 @@ class Plan:
         for name, known in (("method", METHODS), ("sharding", SHARDINGS)):
             if getattr(self, name) not in known:
                 raise SpalignError(f"no {name} '{getattr(self, name)}'", hint=f"one of {', '.join(known)}")
+        if self.method == "qlora" and self.sharded:
+            raise SpalignError(
+                f"sharding {self.sharding}: a base in four bits is not spread over devices", hint="take ddp (DDP), or the method lora"
+            )
         whole = ("rank", "devices", "prompts", "prompt_tokens", "response_tokens", "prompts_per_forward")
         for name in whole:
             if getattr(self, name) < 1:

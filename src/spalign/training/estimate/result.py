@@ -96,25 +96,28 @@ def _advice(plan: Plan) -> Iterator[str]:
         ("--gradient-checkpointing", {"checkpointing": True}),
         ("--prompts-per-forward 1", {"prompts_per_forward": 1, "prompts_per_step": plan.step_prompts}),
     ]
-    if plan.devices > 1:
-        changes.append(("--sharding fsdp2", {"sharding": "fsdp2" if plan.sharding == "ddp" else plan.sharding}))
+    several = plan.devices > 1
+    if several and plan.sharding == "ddp" and plan.method != "qlora":  # four bits are not spread over devices
+        changes.append(("--sharding fsdp2", {"sharding": "fsdp2"}))
     if plan.method in ("full", "dora"):
         changes.append(("--method lora", {"method": "lora"}))
-    changes.append(("--method qlora", {"method": "qlora"}))
+    changes.append(("--method qlora" + " --sharding ddp" * several, {"method": "qlora", "sharding": "ddp"}))
     now = plan
     for flag, change in changes:
-        if all(getattr(now, key) == value for key, value in change.items() if key != "prompts_per_step"):
+        then = replace(now, **change)
+        memory = memory_of(then)
+        if memory.total >= memory_of(now).total:
             continue
-        now = replace(now, **change)
-        memory = memory_of(now)
-        fits = _fits(now, memory)
+        now, fits = then, _fits(then, memory)
         yield f"{flag}: {memory.total / 1e9:.1f} GB, {'fits' if fits else 'still too much'}"
         if fits:
             return
-    most = replace(plan, checkpointing=True, prompts_per_forward=1, prompts_per_step=None, sharding="fsdp2")
+    four_bits = plan.method == "qlora"
+    method = "lora" if four_bits else plan.method
+    most = replace(plan, method=method, checkpointing=True, prompts_per_forward=1, prompts_per_step=None, sharding="fsdp2")
     for devices in (2**i for i in range(1, 13)):
         if devices > plan.devices and _fits(more := replace(most, devices=devices), memory_of(more)):
-            yield f"or more devices: --devices {devices} --sharding fsdp2 --gradient-checkpointing"
+            yield f"or more devices: {'--method lora ' * four_bits}--devices {devices} --sharding fsdp2 --gradient-checkpointing"
             return
     yield "shorter responses or fewer of them: one prompt's activations alone are too much"
 

@@ -1,0 +1,153 @@
+"""Rows of TRL's preference format as token ids, by the policy's tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from spalign.errors import DataError
+from spalign.training.groups import EncodedRow
+
+_MARK = "spalign"
+
+
+class RowTokens:
+    """A tokenizer as training uses it. Raises DataError where it has no end-of-sequence token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end-of-sequence token", hint="set tokenizer.eos_token")
+        self._tokenizer = tokenizer
+
+    def text(self, text: str) -> list[int]:
+        """A prompt that is plain text, BOS included where the tokenizer writes one."""
+        ids = list(self._tokenizer(text)["input_ids"])
+        ends = ids[-1:] == [self._tokenizer.eos_token_id] and not text.endswith(self._tokenizer.eos_token)
+        return ids[:-1] if ends else ids  # some tokenizers end every text
+
+    def chat(self, turns: list[Any], options: Mapping[str, Any]) -> list[int]:
+        """A conversation with the assistant's turn opened, or, where it ends with one, left open."""
+        open_ = turns[-1]["role"] == "assistant"
+        return self._render(turns, add_generation_prompt=not open_, continue_final_message=open_, **options)
+
+    def after_text(self, text: str) -> list[int]:
+        """A completion of plain text, EOS included."""
+        ids = self._plain(text)
+        return ids if ids[-1:] == [self._tokenizer.eos_token_id] else [*ids, self._tokenizer.eos_token_id]
+
+    def after_chat(self, text: str, turns: list[Any], options: Mapping[str, Any]) -> list[int]:
+        """An assistant's turn after `turns`, or the rest of one that they begin, up to the token that ends it.
+
+        Tokens are the template's, where it writes them behind the prompt as it stands (some write turns that are over in another way).
+        """
+        begun = turns[-1]["role"] == "assistant"
+        turn = {"role": "assistant", "content": turns[-1]["content"] + text if begun else text}
+        prompt, whole = self.chat(turns, options), self._render([*(turns[:-1] if begun else turns), turn], **options)
+        tail, end = self._end
+        follows = whole[: len(prompt)] == prompt and whole[len(whole) - len(tail) :] == tail
+        ids = whole[len(prompt) : len(whole) - len(tail)] if follows else self._plain(text)
+        return ids if ids[len(ids) - len(end) :] == end else [*ids, *end]
+
+    @cached_property
+    def _end(self) -> tuple[list[int], list[int]]:
+        """What the template writes after an assistant's turn, and of that what ends the turn: up to the first special token, else all but
+        white space, else, where it writes nothing, EOS."""
+        turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+        tail = str(self._tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_MARK)[2]
+        ids = self._plain(tail)
+        special = {*self._tokenizer.all_special_ids, *(i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special)}
+        cut = next((n for n, i in enumerate(ids, 1) if i in special), None)
+        return ids, ids[:cut] if cut else self._plain(tail.rstrip()) or [self._tokenizer.eos_token_id]
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, turns: list[Any], **how: Any) -> list[int]:
+        return list(self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **how))
+
+
+def encode_row(
+    row: Mapping[str, Any], index: int, *, tokens: RowTokens, weight_column: str | None = None, margin_column: str | None = None
+) -> EncodedRow:
+    """A row of TRL's preference format as token ids. Raises DataError where it is none.
+
+    `prompt`/`chosen`/`rejected` are lists of {role, content} turns (conversational; a completion is one turn of the assistant) or plain
+    strings. Without `prompt` it is what both sides begin with alike, also where sides are whole conversations and `prompt` is a string.
+    `tools` and `chat_template_kwargs` go to the template. Where the row has `prompt_ids`, `chosen_ids`, `rejected_ids`, those are taken as
+    they are: what was generated is what is trained on. `gap` is optional; columns that are named for weights and margins must be there.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"row {index} is a {type(row).__name__}", hint="rows are mappings with prompt, chosen and rejected")
+    name = str(index if row.get("id") is None else row["id"])
+    given = [row.get(f"{part}_ids") for part in ("prompt", "chosen", "rejected")]
+    parts = [] if None not in given else _encoded(row, name, tokens)
+    prompt, chosen, rejected = (tuple(own if own is not None else parts[n]) for n, own in enumerate(given))
+    numbers = [_number(row, column, name, needed) for column, needed in (("gap", False), (weight_column, True), (margin_column, True))]
+    return EncodedRow(prompt, chosen, rejected, numbers[0], name, numbers[1], numbers[2])
+
+
+def _encoded(row: Mapping[str, Any], name: str, tokens: RowTokens) -> list[list[int]]:
+    prompt, *sides = _parts(row, name)
+    if isinstance(prompt, str):
+        return [tokens.text(prompt), *(tokens.after_text(text) if text else [] for text in (_answer(side, name) for side in sides))]
+    tools = row.get("tools")
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+    try:
+        return [
+            tokens.chat(prompt, options),
+            *(tokens.after_chat(text, prompt, options) if text else [] for text in (_answer(side, name) for side in sides)),
+        ]
+    except DataError:
+        raise
+    except Exception as e:  # jinja raises what the template asks it to
+        raise DataError(f"row {name}: the chat template refused it: {e}", hint="see which roles and turns the template takes") from e
+
+
+def _parts(row: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
+    """prompt (text or turns), chosen, rejected."""
+    for column in ("chosen", "rejected"):
+        if row.get(column) is None:
+            raise DataError(f"row {name} has no {column}", hint="rows need prompt, chosen and rejected (TRL's preference format)")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    whole = isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1
+    if whole and not isinstance(prompt, list):
+        n = _alike(chosen[:-1], rejected[:-1])
+        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+    elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        n = _alike(chosen, rejected)
+        n -= n > 0 and chosen[n - 1] == " "  # a space begins a word
+        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+    if isinstance(prompt, list):
+        if not prompt or not all(isinstance(t, Mapping) and isinstance(t.get("content"), str) and t.get("role") for t in prompt):
+            raise DataError(f"row {name}: the prompt's turns are none", hint="give a list of {role, content} with text in them")
+    elif not isinstance(prompt, str):
+        what = "has no prompt" if prompt is None else f": prompt is a {type(prompt).__name__}"
+        raise DataError(f"row {name} {what}".replace(" :", ":"), hint="give a text or a list of {role, content} turns")
+    return prompt, chosen, rejected
+
+
+def _alike(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How much both begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _answer(side: Any, name: str) -> str:
+    if isinstance(side, list) and len(side) == 1 and isinstance(side[0], Mapping) and side[0].get("role") == "assistant":
+        side = side[0].get("content")
+    if isinstance(side, str):
+        return side
+    raise DataError(f"row {name}: a completion must be a string or one assistant turn with text", hint="put earlier turns into the prompt")
+
+
+def _number(row: Mapping[str, Any], column: str | None, name: str, needed: bool) -> float | None:
+    if column is None:
+        return None
+    value = row.get(column)
+    if value is None and not needed:
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise DataError(f"row {name}: {column} is {value!r}", hint="give a number >= 0 in every row, or leave the column out") from None
