@@ -6,16 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spalign.errors import ModelError
+from spalign.pipeline.checkpoints import hand_over
 from spalign.training.merge import merge
 from spalign.training.trainer import SPAConfig, SPATrainer
 
@@ -189,6 +192,99 @@ def test_a_damaged_adapter_and_one_that_is_not_finite_are_refused(adapters, tmp_
     whole = (adapters["lora"] / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "cannot be read" in refused(adapter, tmp_path / "out").message
+
+
+# a head that is the embedding, and what PEFT cannot merge
+
+
+def noisy(base: str | Path, folder: Path, *targets: str, **kind: Any) -> Path:
+    """An adapter whose every weight was moved at random."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of tied weights and of biases
+        model = get_peft_model(
+            plain(Path(base)), LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM", **kind)
+        )
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data += 0.1 * torch.randn_like(p)
+        model.save_pretrained(folder)
+    return folder
+
+
+def adapted(base: str | Path, adapter: Path) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return logits(PeftModel.from_pretrained(plain(Path(base)), adapter))
+
+
+@pytest.fixture(scope="module")
+def tied_base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return Path(other_base(tmp_path_factory.mktemp("tied"), tiny_model, initializer_range=0.2, tie_word_embeddings=True))
+
+
+TIED: dict[str, tuple[tuple[str, ...], dict[str, Any], bool]] = {  # targets, options, whether they stay tied
+    "neither": (("q_proj",), {}, True),
+    "head": (("q_proj", "lm_head"), {}, False),
+    "embedding": (("q_proj", "embed_tokens"), {}, False),
+    "both": (("q_proj", "lm_head", "embed_tokens"), {}, False),
+    "both alike": (("q_proj", "embed_tokens"), {"ensure_weight_tying": True}, True),
+    "dora on the head": (("q_proj", "lm_head"), {"use_dora": True}, False),
+    "whole head": (("q_proj",), {"modules_to_save": ["lm_head"]}, False),
+    "whole embedding": (("q_proj",), {"modules_to_save": ["embed_tokens"]}, False),
+    "whole and alike": (("q_proj",), {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "tokens": (("q_proj",), {"trainable_token_indices": [120, 121]}, True),
+    "tokens of the head": (("q_proj",), {"trainable_token_indices": {"lm_head": [120, 121]}}, False),
+}
+
+
+@pytest.mark.parametrize("where", TIED)
+def test_an_adapter_on_a_tied_head_or_embedding_changes_only_what_it_is_on(tied_base, tmp_path, where):
+    targets, kind, stays = TIED[where]
+    adapter = noisy(tied_base, tmp_path / "adapter", *targets, **kind)
+    merge(adapter, tmp_path / "out", model=str(tied_base))
+    merged = plain(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), adapted(tied_base, adapter), rtol=0, atol=1e-4)
+    assert merged.config.tie_word_embeddings == stays
+    assert ("lm_head.weight" in load_file(tmp_path / "out/model.safetensors")) != stays
+    assert float((logits(merged) - logits(plain(tied_base))).abs().max()) > 0.1
+
+
+def test_the_model_that_a_run_hands_over_is_untied_too(tied_base, tmp_path):
+    checkpoint = noisy(tied_base, tmp_path / "checkpoint-1", "q_proj", "lm_head")
+    handed = hand_over(checkpoint, tmp_path, str(tied_base), trust_remote_code=False)
+    assert handed == tmp_path / "model"
+    torch.testing.assert_close(logits(plain(handed)), adapted(tied_base, tmp_path / "adapter"), rtol=0, atol=1e-4)
+
+
+def test_what_says_another_thing_when_merged_is_refused(adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())  # as if its weights were lost
+    assert "gives other logits" in refused(adapters["lora"], tmp_path / "out").message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_asked_is_merged_all_the_same(adapters, tmp_path, monkeypatch):
+    def stubborn(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("on CUDA only")
+
+    with monkeypatch.context() as m:
+        m.setattr(LlamaForCausalLM, "forward", stubborn)
+        merge(adapters["lora"], tmp_path / "out")
+    merge(adapters["lora"], tmp_path / "asked")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "asked"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_biases_of_lora_are_merged_where_the_base_has_some(base_model, tmp_path):
+    adapter = noisy(base_model, tmp_path / "adapter", "q_proj", lora_bias=True)
+    error = refused(adapter, tmp_path / "out", model=str(base_model))
+    assert "cannot be merged: Impossible to merge LoRA with `lora_bias=True`" in error.message
+    assert error.exit_code == 2
+    biased = other_base(tmp_path / "biased", base_model, attention_bias=True)
+    adapter = noisy(biased, tmp_path / "other", "q_proj", lora_bias=True)
+    merge(adapter, tmp_path / "out", model=biased)
+    torch.testing.assert_close(logits(plain(tmp_path / "out")), adapted(biased, adapter), rtol=0, atol=1e-4)
 
 
 def test_the_command(adapters, base_model, tmp_path):

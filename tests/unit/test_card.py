@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from spalign.report.card import escaped, model_card
+from spalign.report.card import _VLLM_RANKS, escaped, model_card
 
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
@@ -246,6 +246,49 @@ def test_how_to_load_fits_what_the_folder_is():
     second = model_card(lora | {"iterations": lora["iterations"] * 2}, adapter=True)
     assert "belongs on the merged model of iteration 1" in second
     assert 'from_pretrained("org/base-1B"' not in second
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 16), (16, 16), (17, 32), (48, 64), (200, 256), (257, 320), (512, 512)])
+def test_the_rank_for_vllm_is_one_that_it_takes(rank, served):
+    card = model_card(summary(train={"lora": {"r": rank, "dora": False}}), adapter=True)
+    assert f"--max-lora-rank {served} " in card
+
+
+def test_the_rank_for_vllm_is_in_its_own_list():
+    pytest.importorskip("vllm")
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    assert tuple(r for r in get_args(MaxLoRARanks) if r >= 16) == _VLLM_RANKS
+
+
+def test_a_rank_that_vllm_does_not_take_is_merged():
+    card = model_card(summary(train={"lora": {"r": 513, "dora": False}}), adapter=True)
+    assert "vLLM does not serve ranks above 512: merge it first (`spalign merge ADAPTER OUT`)." in card
+    assert "--max-lora-rank" not in card
+
+
+@pytest.mark.parametrize(
+    ("train", "said", "tag"),
+    [
+        ({"loss": "spa"}, "(uncertainty-guided SimPO (SPA, Eq. 3)): learning_rate 1e-06, beta 2.5, gamma 1.0, alpha 1.5, seed 3.", "simpo"),
+        ({"beta": 4.0}, "(uncertainty-guided SimPO (SPA, Eq. 3)): learning_rate 1e-06, beta 4.0, gamma 1.0, alpha 1.5, seed 3.", "simpo"),
+        ({"loss": "simpo"}, "(SimPO, all pairs alike): learning_rate 1e-06, beta 2.5, gamma 1.0, seed 3.", "simpo"),
+        ({"loss": "dpo"}, "(DPO, against the policy as it was): learning_rate 1e-06, beta 0.1, seed 3.", "dpo"),
+        (
+            {"loss": "dpo", "beta": 0.3, "sft_weight": 0.5},
+            "(DPO, against the policy as it was): learning_rate 1e-06, beta 0.3, sft_weight 0.5, seed 3.",
+            "dpo",
+        ),
+        ({"loss": "sft", "sft_weight": 0.5}, "(SFT on the chosen responses): learning_rate 1e-06, seed 3.", "sft"),
+    ],
+)
+def test_the_loss_is_named_with_what_it_took(train, said, tag):
+    given = {"learning_rate": 1e-6, "beta": None, "gamma": 1.0, "alpha": 1.5, "sft_weight": 0.0, "lora": None}
+    card = model_card(summary(train=given | train))
+    assert f"Training {said}" in card
+    assert head(card)["tags"] == ["spalign", "alignment", "self-priority-alignment", tag]
 
 
 def test_an_older_summary_without_prompts_settings_and_gate_has_a_card():

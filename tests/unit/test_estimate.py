@@ -19,6 +19,7 @@ from spalign.training.estimate import (
     DEVICES,
     SHAPES,
     Device,
+    Method,
     Plan,
     attention_rows,
     estimate,
@@ -31,6 +32,7 @@ from spalign.training.estimate import (
     shape_of,
     traffic_of,
 )
+from spalign.training.estimate.plan import Sharding
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 SMALL = shape_from(
@@ -188,6 +190,30 @@ def test_advice_leads_to_a_plan_that_fits() -> None:
     assert estimate(Plan(SHAPES["llama-8b"], DEVICES["h200"], method="lora")).advice == ()
 
 
+def advice_for(memory: float, method: Method, devices: int, sharding: Sharding = "ddp") -> tuple[str, ...]:
+    """Of 70B, one prompt a forward pass, checkpointed, on devices of so many GB."""
+    device = replace(DEVICES["h200"], memory=memory * 1e9)
+    return estimate(Plan(SHAPES["llama-70b"], device, method, devices=devices, sharding=sharding, checkpointing=True)).advice
+
+
+def test_advice_never_spreads_a_base_in_four_bits() -> None:
+    # lora, two devices: 2 B a weight are 141 GB, half of them 71, and half a byte is 36; each with what is not the base
+    assert advice_for(80, "lora", 2) == (
+        "--sharding fsdp2: 86.3 GB, still too much",
+        "--method qlora --sharding ddp: 50.6 GB, fits",
+    )
+    assert advice_for(80, "lora", 2, "fsdp2") == ("--method qlora --sharding ddp: 50.6 GB, fits",)
+    # an eighth of 141 GB is less than half a byte a weight: no advice
+    assert advice_for(20, "lora", 8, "fsdp2") == ("or more devices: --devices 32 --sharding fsdp2 --gradient-checkpointing",)
+    assert advice_for(80, "lora", 1) == ("--method qlora: 49.7 GB, fits",)
+    more = "or more devices: --method lora --devices 8 --sharding fsdp2 --gradient-checkpointing"
+    assert advice_for(40, "qlora", 1) == advice_for(40, "qlora", 2) == (more,)
+
+
+def test_one_device_has_nothing_to_spread() -> None:
+    assert small(method="qlora", sharding="fsdp2").sharded is False
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -203,6 +229,8 @@ def test_advice_leads_to_a_plan_that_fits() -> None:
         ({"efficiency": 1.5}, "efficiency is 1.5"),
         ({"epochs": float("nan")}, "epochs is nan"),
         ({"devices": 8, "prompts_per_step": 12}, "not a multiple of 8"),
+        ({"devices": 8, "method": "qlora", "sharding": "fsdp2"}, "sharding fsdp2: a base in four bits is not spread"),
+        ({"devices": 2, "method": "qlora", "sharding": "zero3"}, "sharding zero3: a base in four bits is not spread"),
     ],
 )
 def test_mistakes_have_a_fix(options: dict[str, Any], says: str) -> None:

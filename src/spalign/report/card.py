@@ -15,6 +15,8 @@ from spalign.report import card_facts as facts
 from spalign.report.card_facts import escaped
 
 _DEMO_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank, from its default on."""
 
 
 def model_card(summary: Mapping[str, Any], *, adapter: bool = False, proposed: bool = False) -> str:
@@ -78,7 +80,8 @@ def _head(summary: Mapping[str, Any], adapter: bool) -> str:
     if hub := sorted({p["source"] for p in sources if p["kind"] == "hub" and facts.HUB_ID.fullmatch(p["source"])}):
         head["datasets"] = hub
     head |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    head["tags"] = ["spalign", "alignment", "self-priority-alignment", "simpo"]
+    loss = facts.loss(summary)
+    head["tags"] = ["spalign", "alignment", "self-priority-alignment", "simpo" if loss == "spa" else loss]
     if adapter:  # PEFT's own
         head["tags"] += [*([f"base_model:adapter:{base}"] if base else []), "lora", "transformers"]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
@@ -179,11 +182,12 @@ def _load(summary: Mapping[str, Any], adapter: bool) -> str:
         )
     lora = _lora(summary) or {}
     named = base or "path/to/its/base"
-    serve = (
-        "vLLM does not serve DoRA adapters: merge it first (`spalign merge ADAPTER OUT`)."
-        if lora.get("dora")
-        else f"vLLM: `vllm serve {named} --enable-lora --max-lora-rank {max(16, int(lora.get('r', 16)))} --lora-modules spa=ADAPTER`."
-    )
+    rank = next((r for r in _VLLM_RANKS if r >= int(lora.get("r", 16))), None)
+    if lora.get("dora") or rank is None:
+        what = "DoRA adapters" if lora.get("dora") else f"ranks above {_VLLM_RANKS[-1]}"
+        serve = f"vLLM does not serve {what}: merge it first (`spalign merge ADAPTER OUT`)."
+    else:
+        serve = f"vLLM: `vllm serve {named} --enable-lora --max-lora-rank {rank} --lora-modules spa=ADAPTER`."
     code = _code(
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spalign.config.parts import BETA
 from spalign.text import one_line, printable, shorten
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -16,6 +17,13 @@ _MARKUP = re.compile(
     r"|^[^\w\s]|(?<=\d)[.)](?=\s|$)",  # what begins a heading, a list, a quotation
     re.IGNORECASE,
 )
+_LOSSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "spa": ("uncertainty-guided SimPO (SPA, Eq. 3)", ("beta", "gamma", "alpha")),
+    "simpo": ("SimPO, all pairs alike", ("beta", "gamma")),
+    "dpo": ("DPO, against the policy as it was", ("beta",)),
+    "sft": ("SFT on the chosen responses", ()),
+}
+"""What a loss is called, and which of its options it has."""
 _SHARES = ("refusal", "repetition", "finished")
 
 
@@ -45,10 +53,20 @@ def data(summary: Mapping[str, Any]) -> str:
     text = table(("use", "source", "kind", "prompts", "sha256"), rows)
     text += "\n\nOnly prompts are taken from these sets. No training prompt stands among the held-out ones."
     if train := summary.get("train"):
-        keys = ("learning_rate", "epochs", "prompts_per_step", "beta", "gamma", "alpha", "scheduler", "warmup_ratio")
-        settings = ", ".join(f"{escaped(k)} {escaped(train[k])}" for k in keys if k in train)
-        text += f"\n\nTraining (uncertainty-guided SimPO): {settings}, seed {escaped(summary.get('seed'))}."
+        kind = loss(summary)
+        named, own = _LOSSES[kind]
+        used = {**train, "beta": train.get("beta") or BETA[kind]}
+        keys = ["learning_rate", "epochs", "prompts_per_step", *own, "scheduler", "warmup_ratio"]
+        if own and train.get("sft_weight"):
+            keys.insert(-2, "sft_weight")
+        settings = ", ".join(f"{escaped(k)} {escaped(used[k])}" for k in keys if k in used)
+        text += f"\n\nTraining ({named}): {settings}, seed {escaped(summary.get('seed'))}."
     return text
+
+
+def loss(summary: Mapping[str, Any]) -> str:
+    """`train.loss`; older summaries have none, and there was one."""
+    return str((summary.get("train") or {}).get("loss", "spa"))
 
 
 def funnels(summary: Mapping[str, Any], step: int | None) -> str:
