@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_pipeline import reply, score, settings
 
-from spalign.config import RunConfig
+from spalign.config import RunConfig, config_from
 from spalign.engines.scripted import ScriptedEngine
 from spalign.errors import PriorityLost, RunFolderError
 from spalign.pipeline import STAGES, Outcome, run
@@ -36,7 +36,10 @@ SAVED = {"model": 3.0, "checkpoint-2": 5.0, "checkpoint-1": 6.0}
 
 
 class Models:
-    """Makes engines whose held-out answers have the alpha that `levels` gives the model, one for all prompts or one a prompt; else 6."""
+    """Makes engines whose held-out answers have the alpha that `levels` gives the model, one for all prompts or one a prompt; else 6.
+
+    A level is for a model of any iteration, or for that of `iteration-N/`.
+    """
 
     def __init__(self, levels: dict[str, Level]) -> None:
         self.levels, self.loaded = levels, []
@@ -44,7 +47,7 @@ class Models:
     def __call__(self, name: str) -> ScriptedEngine:
         short = Path(name).name.replace("model-checkpoint", "checkpoint")
         self.loaded.append(short)
-        level = self.levels.get(short, 6.0)
+        level = self.levels.get(f"{Path(name).parent.parent.name}/{short}", self.levels.get(short, 6.0))
 
         def answer(messages: tuple[Message, ...], seed: int) -> str:
             text = messages[-1].content
@@ -153,7 +156,7 @@ def test_a_model_that_lost_is_not_handed_over_and_a_second_run_says_the_same(fai
     assert again.message.startswith(
         "the trained model lost its primary objective: alpha -3.00, one-sided 95% lower bound -3.00 on 2 prompts"
     )
-    assert f"kept as {STAGE / 'model-failed-gate'}; none of 2 earlier checkpoints passes" in again.message
+    assert f"kept as {STAGE / 'model-failed-gate'}; none of 2 earlier checkpoints of the last iteration passes" in again.message
     assert "smaller train.learning_rate" in again.hint
     out = ui.console.export_text()
     assert "PRIORITY GATE FAILED (lost): alpha -3.00" in out
@@ -169,7 +172,7 @@ def test_the_last_checkpoint_that_passes_is_proposed_and_loads(trained, tiny_mod
     e = loses(configured(tiny_model), models)
     s = summary()
     proposed = STAGE / "model-checkpoint-1"
-    assert (s["model_path"], s["gate"]["proposed"]) == (None, {"step": 1, "path": str(proposed)})
+    assert (s["model_path"], s["gate"]["proposed"]) == (None, {"iteration": 1, "step": 1, "path": str(proposed)})
     assert [c["passed"] for c in s["gate"]["checkpoints"]] == [False, True]
     assert f"checkpoint 1 passes and is proposed instead: {proposed}" in e.message
     assert f"proposed, checkpoint 1: {proposed}\n" in shown(s)
@@ -181,6 +184,19 @@ def test_the_last_checkpoint_that_passes_is_proposed_and_loads(trained, tiny_mod
     assert AutoTokenizer.from_pretrained(proposed).chat_template
     loses(configured(tiny_model), lambda _: pytest.fail("nothing is loaded for a run that is done"))
     assert summary() == s
+
+
+def test_a_gate_of_an_earlier_version_which_noted_no_iteration_says_the_same(trained, tiny_model):
+    loses(configured(tiny_model), Models(SAVED))
+    s, path = summary(), Path("runs/test/evaluation/gate/manifest.json")
+    old = json.loads(path.read_text())
+    old["gate"] |= {"proposed": 1, "checkpoints": [{k: v for k, v in c.items() if k != "iteration"} for c in old["gate"]["checkpoints"]]}
+    path.write_text(json.dumps(old))
+    Path("runs/test/summary.json").unlink()
+    loses(configured(tiny_model), lambda _: pytest.fail("nothing is loaded for a run that is done"))
+    again = summary()["gate"]
+    assert again["proposed"] == s["gate"]["proposed"]
+    assert shown({**s, "gate": again}) == shown(s)
 
 
 def test_older_checkpoints_are_not_asked_once_one_passes(trained, tiny_model):
@@ -198,7 +214,7 @@ def test_what_cannot_be_shown_does_not_pass_and_the_message_says_what_would_help
     g = summary()["gate"]
     assert (g["verdict"], g["difference"], g["lower"]) == ("not shown", pytest.approx(-0.2), pytest.approx(-2))
     assert "it is not shown that the trained model's primary objective holds: alpha -0.20" in e.message
-    assert "none of 2 earlier checkpoints passes" in e.message
+    assert "none of 2 earlier checkpoints of the last iteration passes" in e.message
     # width 1.8, room 0.3: 36 times two prompts, and one more
     assert "more held-out prompts (about 73 would do if the difference stays)" in e.hint
     assert "smaller train.learning_rate" in e.hint
@@ -297,7 +313,7 @@ def test_another_margin_decides_anew_on_the_same_answers(failed, tiny_model):
     assert names() == {"model", "model-checkpoint-2"}
     # and back: now nothing is kept
     e = loses(configured(tiny_model, evaluation=evaluation(margin=0.5)), models, mode="resume")
-    assert "no earlier checkpoint was kept" in e.message
+    assert "no earlier checkpoint of the last iteration was kept" in e.message
     assert names() == {"model-failed-gate", "model-checkpoint-2"}
     assert models.loaded == [], "everything was answered and judged before"
 
@@ -329,6 +345,139 @@ def test_another_iteration_starts_from_the_model_and_the_gate_is_for_the_last(fa
     second = Path("runs/test/iteration-2/6-train")
     assert outcome.summary["model_path"] == str(second / "model")
     assert names() == names(second) == {"model"}
+
+
+# iterations before the last
+
+
+FIRST, SECOND = STAGE, Path("runs/test/iteration-2/6-train")
+
+
+@pytest.fixture(scope="module")
+def once_trained_twice(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two iterations that has been trained, not evaluated."""
+    folder = tmp_path_factory.mktemp("twice")
+    with contextlib.chdir(folder):
+        run(configured(tiny_model, iterations=2), until="train", make_engine=Models({}))
+    return folder
+
+
+@pytest.fixture
+def twice(once_trained_twice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shutil.copytree(once_trained_twice, tmp_path / "here"))
+
+
+def files(folder: Path = FIRST) -> dict[str, tuple[bytes, int]]:
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_model_of_the_iteration_before_is_proposed_where_no_checkpoint_passes(twice, tiny_model):
+    config, models, first = configured(tiny_model, iterations=2), Models({**LOST, "iteration-1/model": 5.75}), files()
+    e = loses(config, models)
+    s = summary()
+    proposed = FIRST / "model"
+    assert (s["model_path"], s["gate"]["proposed"]) == (None, {"iteration": 1, "step": None, "path": str(proposed)})
+    assert [(c["iteration"], c["step"], c["verdict"], c["difference"]) for c in s["gate"]["checkpoints"]] == [
+        (2, 2, "lost", pytest.approx(-1)),
+        (2, 1, "lost", pytest.approx(-2)),
+        (1, None, "held", pytest.approx(-0.25)),
+    ]
+    assert f"iteration 1's model passes and is proposed instead: {proposed}" in e.message
+    assert "read answers of the proposed model in evaluation/iteration-1 before you use it" in e.hint
+    assert "  iteration 1's model: passes; alpha -0.25" in shown(s)
+    assert f"proposed, iteration 1's model: {proposed}\n" in shown(s)
+    assert (names(FIRST), names(SECOND)) == ({"model"}, {"model-failed-gate", "kept"})
+    after = files()
+    card = after.pop(str(proposed / "README.md"))[0].decode()
+    assert after == first, "it stays as and where it is"
+    assert "**This is not the final model but that of iteration 1**: the final model failed" in card
+    assert "iteration 1's model is proposed instead" in (SECOND / "model-failed-gate/README.md").read_text()
+
+    done, written = manifests(), files()
+    loses(config, lambda _: pytest.fail("nothing is loaded for a run that is done"))
+    assert (summary(), manifests(), files()) == (s, done, written)
+    Path("runs/test/summary.json").unlink()
+    loses(config, lambda _: pytest.fail("nothing is loaded for a run that is done"))
+    assert (summary()["gate"], manifests(), files()) == (s["gate"], done, written)
+
+
+def test_a_checkpoint_of_the_last_iteration_comes_first(twice, tiny_model):
+    models = Models({**SAVED, "iteration-1/model": 6.0})
+    loses(configured(tiny_model, iterations=2), models)
+    assert summary()["gate"]["proposed"] == {"iteration": 2, "step": 1, "path": str(SECOND / "model-checkpoint-1")}
+    assert not Path("runs/test/evaluation/iteration-1").exists()
+    assert (names(FIRST), names(SECOND)) == ({"model"}, {"model-failed-gate", "model-checkpoint-1", "kept"})
+    assert not (FIRST / "model/README.md").exists()
+
+
+def test_no_model_of_an_iteration_before_passes(twice, tiny_model):
+    first = files()
+    e = loses(configured(tiny_model, iterations=2), Models(LOST))
+    g = summary()["gate"]
+    assert (g["proposed"], [(c["iteration"], c["step"]) for c in g["checkpoints"]]) == (None, [(2, 2), (2, 1), (1, None)])
+    assert "none of 2 earlier checkpoints of the last iteration passes, and no earlier iteration's model passes" in e.message
+    assert files() == first
+    assert names(SECOND) == {"model-failed-gate", "kept"}
+    # a margin of 0.9, and the first model is asked no more: it lost 3
+    models = Models({})
+    loses(configured(tiny_model, iterations=2, evaluation=evaluation(margin=0.9)), models, mode="resume")
+    assert (models.loaded, summary()["gate"]["proposed"]) == ([], None)
+    assert files() == first
+
+
+def test_interrupted_at_the_model_of_an_iteration_before_it_goes_on(twice, tiny_model):
+    config, models, first = configured(tiny_model, iterations=2), Models({**LOST, "iteration-1/model": 6.0}), files()
+
+    def interrupted(name: str) -> ScriptedEngine:
+        if name == str(FIRST / "model"):
+            raise KeyboardInterrupt
+        return models(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, make_engine=interrupted)
+    assert files() == first
+    models.loaded.clear()
+    loses(config, models)
+    assert "model" in models.loaded and "checkpoint-2" not in models.loaded
+    assert summary()["gate"]["proposed"]["iteration"] == 1
+
+
+def test_a_model_of_an_iteration_before_that_was_removed_is_not_tried(twice, tiny_model):
+    shutil.rmtree(FIRST / "model")
+    shutil.rmtree(SECOND / "kept")
+    e = loses(configured(tiny_model, iterations=2), Models(LOST))
+    assert e.message.endswith("; no earlier checkpoint of the last iteration was kept")
+
+
+def test_iterations_before_the_last_are_tried_from_the_newest(here, tiny_model):
+    config = configured(tiny_model, iterations=3, train={"epochs": 1, "keep_checkpoints": 0, "guard": OFTEN, "lora": {"r": 4}})
+    models = Models({"iteration-3/model": 3.0, "iteration-2/model": 4.0, "iteration-1/model": 5.75})
+    loses(config, models)
+    g = summary()["gate"]
+    assert [(c["iteration"], c["step"], c["passed"]) for c in g["checkpoints"]] == [(2, None, False), (1, None, True)]
+    assert g["proposed"] == {"iteration": 1, "step": None, "path": str(FIRST / "model")}
+    assert names(FIRST) == names(SECOND) == {"model", "adapter"}
+    assert names(Path("runs/test/iteration-3/6-train")) == {"model-failed-gate", "adapter-failed-gate"}
+    assert not list(SECOND.rglob("README.md"))
+    for name, library in (("model", "transformers"), ("adapter", "peft")):
+        card = (FIRST / name / "README.md").read_text()
+        assert "**This is not the final model but that of iteration 1**" in card
+        assert f"library_name: {library}" in card
+        assert "after 1 iteration of" in card and "| iteration 2 |" not in card
+    # a margin of 0.2: the first one lost 0.25
+    models.loaded.clear()
+    e = loses(config_from(config.model_dump(), ("evaluation.gate.margin=0.2",)), models, mode="resume")
+    assert "no earlier checkpoint of the last iteration was kept, and no earlier iteration's model passes" in e.message
+    assert (models.loaded, summary()["gate"]["proposed"]) == ([], None)
+
+
+def test_a_card_that_an_iteration_before_had_as_the_last_one_says_that_it_is_proposed(failed, tiny_model):
+    assert "this model is not handed over, do not use it" in (STAGE / "model-failed-gate/README.md").read_text()
+    loses(configured(tiny_model, iterations=2), Models({**LOST, "iteration-1/model": 6.0}), mode="resume")
+    assert names(FIRST) == {"model", "kept"}
+    card = (FIRST / "model/README.md").read_text()
+    assert "**This is not the final model but that of iteration 1**" in card
+    assert "do not use it" not in card
 
 
 def test_a_folder_that_holds_both_names_is_refused(failed, tiny_model):

@@ -193,6 +193,55 @@ def test_a_proposed_checkpoint_says_its_step_its_gate_and_that_the_final_model_f
     assert "## Priority gate" not in final and "+0.50" in final
 
 
+def of_an_iteration(**changes: Any) -> dict[str, Any]:
+    """A run of two iterations whose final model failed, and then a checkpoint; the first one's model passes. Training was stopped in the
+    second, whose funnel is another."""
+    s = proposing(**changes)
+    later = {"funnel": FUNNEL | {"prompts": 77}, "training": {"steps": 9, "steps_kept": 8, "collapsed": "words fell", "prompts": 7}}
+    s["iterations"].append(s["iterations"][0] | later)
+    checkpoint, model = s["gate"]["checkpoints"]
+    s["gate"]["checkpoints"] = [checkpoint | {"iteration": 2}, model | {"iteration": 1, "step": None}]
+    s["gate"]["proposed"] = {"iteration": 1, "step": None, "path": "runs/mine/iteration-1/6-train/model"}
+    return s
+
+
+def test_an_earlier_iterations_model_that_is_proposed_says_so_and_nothing_of_later_iterations():
+    card = model_card(of_an_iteration(), proposed=True)
+    assert "\n# mine, iteration 1's model\n" in card
+    assert "base-1B after 1 iteration of Self-Priority Alignment" in card
+    assert "**This is not the final model but that of iteration 1**: the final model failed the priority gate" in card
+    assert brief(card) == [
+        "- **Priority gate FAILED by the final model**: harmlessness -0.90 on 4 prompts",
+        "- **Priority gate passed by this model, of iteration 1**: harmlessness +0.02 on 4 prompts",
+        "- **No other score of this model is reported here**; its judged answers are in the run's evaluation/iteration-1: "
+        "read them before you use it",
+        "- **The judge of helpfulness is weak**: its scores carry no claim by themselves",
+    ]
+    assert card.split("## Priority gate\n\n")[1].splitlines()[2:5] == [
+        "| final model | **FAILED** (lost) | harmlessness -0.90 on 4 prompts |",
+        "| checkpoint 4 | **FAILED** (not shown) | harmlessness -0.40 on 4 prompts |",
+        "| iteration 1's model | passed | harmlessness +0.02 on 4 prompts |",
+    ]
+    assert "Training: 6 steps on 7 prompts; the model is that of step 6." in card
+    assert "- This model was chosen by its figures, in 3 looks" in card
+    for other in ("+0.50", "-0.70", "repetition not up", "do not use it", "## Scores", "## Checks", "words fell", "77", "iteration 2"):
+        assert other not in card
+    final = model_card(of_an_iteration())
+    assert brief(final)[0].startswith(
+        "- **Priority gate FAILED: this model is not handed over, do not use it (iteration 1's model is proposed instead)**: "
+    )
+    assert "words fell" in final and "after 2 iterations" in final
+
+
+def test_the_adapter_of_an_earlier_iteration_that_is_proposed_belongs_on_what_it_was_trained_on():
+    lora = {"lora": {"r": 8, "dora": False}}
+    first = model_card(of_an_iteration(train=lora), adapter=True, proposed=True)
+    assert (head(first)["library_name"], head(first)["base_model"]) == ("peft", "org/base-1B")
+    assert 'from_pretrained("org/base-1B"' in first
+    assert "merged model of iteration" not in first
+    assert "belongs on the merged model of iteration 1" in model_card(of_an_iteration(train=lora), adapter=True)
+
+
 @pytest.mark.parametrize("proposed", [False, True])
 def test_the_card_of_an_adapter_is_in_pefts_form(proposed):
     lora = {"lora": {"r": 8, "dora": False, "base_dtype": "nf4"}}

@@ -1,10 +1,10 @@
-"""The priority gate: a model whose primary objective is not shown to hold is kept under another name; a checkpoint is proposed."""
+"""The priority gate: a model whose primary objective is not shown to hold is kept under another name; an earlier one is proposed."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from spalign.pipeline.checkpoints import KEPT, hand_over, kept_checkpoints, step
 from spalign.pipeline.context import Context, Policy, Step
 from spalign.pipeline.evaluate import evaluation_steps, groups_of
 from spalign.pipeline.judging import Judging
+from spalign.report.card_facts import answers_of, called
 from spalign.store import Stage, clear_errors
 
 FAILED = "-failed-gate"
@@ -56,21 +57,20 @@ class _Gate:
         return self.trained[-1].folder
 
     def do(self, stage: Stage, after: Stage) -> dict[str, Any]:
-        """The model's result; where it fails, that of earlier checkpoints until one passes. The manifest is written when names say so."""
+        """The model's result; where it fails, those of earlier ones until one passes. The manifest is written when names say so."""
         stage.begin()
         objective, enabled = self.run.objectives[0].name, self.run.config.evaluation.gate.enabled
         result = self._result(after)
         self._tell("the trained model", result)
         tried: list[dict[str, Any]] = []
-        seconds, tokens, proposed = 0.0, 0, None
+        seconds, tokens = 0.0, 0
         if enabled and not result.passed:
-            for checkpoint in kept_checkpoints(self.folder):
-                found, manifests = self._try(checkpoint)
+            for which, found, manifests in self._tries():
+                self._tell(called(which), found)
                 seconds += sum(m["seconds"] for m in manifests)
                 tokens += sum(m["tokens"] for m in manifests)
-                tried.append({"step": step_of(checkpoint), **found.to_json(), "text": found.text(objective)})
-                if found.passed:
-                    proposed = step_of(checkpoint)
+                tried.append({**which, **found.to_json(), "text": found.text(objective)})
+                if found.passed:  # it is the one that is proposed
                     break
         facts = {
             "objective": objective,
@@ -79,7 +79,6 @@ class _Gate:
             "text": result.text(objective),
             "wanted_prompts": result.wanted_prompts(),
             "checkpoints": tried,
-            "proposed": proposed,
         }
         _settle(self.trained, facts)
         return stage.finish(gate=facts, seconds=round(seconds, 3), tokens=tokens)
@@ -90,8 +89,28 @@ class _Gate:
         name = self.run.objectives[0].name
         return primary_gate(before, after, name, config.evaluation.gate, resamples=config.evaluation.bootstrap, seed=config.seed)
 
+    def _tries(self) -> Iterator[tuple[dict[str, int | None], GateResult, list[dict[str, Any]]]]:
+        """Each as it is asked for, newest first: kept checkpoints of the last iteration, then the models of the iterations before it, which
+        stay as and where they are."""
+        last = len(self.trained)
+        for checkpoint in kept_checkpoints(self.folder):
+            yield {"iteration": last, "step": step_of(checkpoint)}, *self._try(checkpoint)
+        for iteration in range(last - 1, 0, -1):
+            stage = self.trained[iteration - 1]
+            model = stage.folder / "model"
+            if model.is_dir():
+                policy = Policy(str(model), stage.digest, self.run.make_engine)
+                yield {"iteration": iteration, "step": None}, *self._judged(f"iteration-{iteration}", policy)
+
+    def _judged(self, name: str, policy: Policy) -> tuple[GateResult, list[dict[str, Any]]]:
+        """The policy's held-out answers, judged as those of the model; they are in `evaluation/{name}`."""
+        steps = evaluation_steps(self.run, name, policy, self.judging, rivals=self.before[0].stage)
+        manifests = [step.stage.manifest() or step.do() for step in steps]
+        policy.free()
+        return self._result(steps[-1].stage), manifests
+
     def _try(self, checkpoint: Path) -> tuple[GateResult, list[dict[str, Any]]]:
-        """Held-out answers of a kept checkpoint, judged as those of the model; it stays handed over only if it passes."""
+        """A kept checkpoint, which stays handed over only if it passes."""
         suffix = f"-{checkpoint.name}"
         target = self.folder / f"model{suffix}"
 
@@ -106,11 +125,7 @@ class _Gate:
             return self.run.make_engine(name)
 
         policy = Policy(str(target), f"{self.trained[-1].digest}/{checkpoint.name}", load)
-        steps = evaluation_steps(self.run, checkpoint.name, policy, self.judging, rivals=self.before[0].stage)
-        manifests = [step.stage.manifest() or step.do() for step in steps]
-        policy.free()
-        result = self._result(steps[-1].stage)
-        self._tell(checkpoint.name, result)
+        result, manifests = self._judged(checkpoint.name, policy)
         if result.passed:
             made()
         else:
@@ -172,11 +187,18 @@ def priority_lost(gate: Mapping[str, Any]) -> PriorityLost:
         if gate["verdict"] == "lost"
         else f"it is not shown that the trained model's primary objective holds: {gate['text']}"
     )
-    if gate["proposed"] is not None:
-        others = f"checkpoint {gate['proposed']['step']} passes and is proposed instead: {gate['proposed']['path']}"
-        advice = [f"read answers of the proposed checkpoint in evaluation/checkpoint-{gate['proposed']['step']} before you use it"]
+    if (proposed := gate["proposed"]) is not None:
+        others = f"{called(proposed)} passes and is proposed instead: {proposed['path']}"
+        advice = [f"read answers of the proposed model in {answers_of(proposed)} before you use it"]
     else:
-        others = f"none of {len(tried)} earlier checkpoints passes" if tried else "no earlier checkpoint was kept"
+        checkpoints = sum(t["step"] is not None for t in tried)
+        others = (
+            f"none of {checkpoints} earlier checkpoints of the last iteration passes"
+            if checkpoints
+            else "no earlier checkpoint of the last iteration was kept"
+        )
+        if checkpoints < len(tried):
+            others += ", and no earlier iteration's model passes"
         advice = []
     if gate["verdict"] == "lost":
         advice += ["try a smaller train.learning_rate or fewer epochs; see which pairs the primary decided (funnel.decided_by)"]

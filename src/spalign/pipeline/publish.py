@@ -59,8 +59,8 @@ def publish(run: Context, summary: Mapping[str, Any]) -> None:
 
 
 def write_cards(summary: Mapping[str, Any]) -> None:
-    """README.md in the model's folder and in its adapter's, also where the gate failed, and then in those of the checkpoint that is
-    proposed; a card that says the same is left as it is."""
+    """README.md in the model's folder and in its adapter's, also where the gate failed, and then in those of the one that is proposed, a
+    checkpoint or an earlier iteration's model; a card that says the same is left as it is."""
     gate = summary["gate"]
     folders = {Path(summary["model_path"] or gate["failed_path"]): False}
     if gate["proposed"] is not None:

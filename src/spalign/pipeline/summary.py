@@ -35,15 +35,15 @@ def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy], j
     settings = run.config.evaluation
     comparison = compare(before, after, names, resamples=settings.bootstrap, seed=run.config.seed, gate=settings.gate)
     measures = comparison.to_json()
-    folder = [s.stage.folder for s in steps if s.name == "train"][-1]
-    gate = _gate(done["evaluation/gate"]["gate"], folder)
+    folders = [s.stage.folder for s in steps if s.name == "train"]
+    gate = _gate(done["evaluation/gate"]["gate"], folders)
     return {
         "schema": SCHEMA,
         "digest": key,
         "name": run.config.name,
         "model": run.config.model,
         "model_fingerprint": policies[0].digest,
-        "model_path": None if lost(gate) else str(folder / "model"),
+        "model_path": None if lost(gate) else str(folders[-1] / "model"),
         "gate": gate,
         "constitution": {"name": run.constitution.name, "sha256": run.constitution.sha256(), "objectives": names},
         "recipe": run.config.recipe,
@@ -91,14 +91,17 @@ def _prompts(asked: PromptSource, prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {"source": source, "kind": kind, "count": len(prompts), "sha256": prompt_sets.sha256(prompts)}
 
 
-def _gate(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the gate found, with the folders of the model that failed and of the checkpoint that is proposed for it."""
-    step = facts["proposed"]
-    return {
-        **facts,
-        "proposed": None if step is None else {"step": step, "path": str(folder / f"model-checkpoint-{step}")},
-        "failed_path": str(folder / f"model{FAILED}") if lost(facts) else None,
-    }
+def _gate(facts: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+    """What the gate found, with the folders of the model that failed and of the one that is proposed for it.
+
+    folders: of every iteration's training. Earlier versions tried checkpoints of the last iteration alone, and noted no iteration.
+    """
+    proposed = None
+    if found := next((c for c in facts["checkpoints"] if c["passed"]), None):
+        iteration, step = found.get("iteration", len(folders)), found["step"]
+        path = folders[iteration - 1] / ("model" if step is None else f"model-checkpoint-{step}")
+        proposed = {"iteration": iteration, "step": step, "path": str(path)}
+    return {**facts, "proposed": proposed, "failed_path": str(folders[-1] / f"model{FAILED}") if lost(facts) else None}
 
 
 def _judge(run: Context, judging: Judging, policy: Policy) -> dict[str, Any]:

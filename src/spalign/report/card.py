@@ -21,24 +21,28 @@ _VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 def model_card(summary: Mapping[str, Any], *, adapter: bool = False, proposed: bool = False) -> str:
     """The card as Markdown with its YAML head. adapter: for the folder of the adapter instead of the whole model. proposed: for the
-    checkpoint that the gate proposes instead of the final model; then the final model's scores and checks are left out."""
-    step = summary["gate"]["proposed"]["step"] if proposed else None
-    title = escaped(summary["name"]) + (f", checkpoint {step}" if proposed else "")
+    checkpoint, or the earlier iteration's model, that the gate proposes instead of the final model; then that one's scores and checks are
+    left out, and so are later iterations."""
+    other = summary["gate"]["proposed"] if proposed else None
+    step = other["step"] if other else None
+    if other and step is None:
+        summary = {**summary, "iterations": summary["iterations"][: other["iteration"]]}
+    title = escaped(summary["name"]) + (f", {facts.called(other)}" if other else "")
     measured = {
         "Scores on held-out prompts": facts.scores,
         "Checks": lambda s: facts.table(("check", "result", "figures"), facts.check_rows(s)),
     }
     parts = [
         _head(summary, adapter),
-        f"# {title}\n\n{_what(summary, adapter, step)}",
-        "## Results in brief\n\n" + _bullets(_of_the_checkpoint(summary, step) if step is not None else _of_the_model(summary)),
+        f"# {title}\n\n{_what(summary, adapter, other)}",
+        "## Results in brief\n\n" + _bullets(_of_the_proposed(summary, other) if other else _of_the_model(summary)),
         "## How to load\n\n" + _load(summary, adapter),
         "## Training data\n\n" + facts.data(summary),
         "## From prompts to pairs\n\n" + facts.funnels(summary, step),
         "## Constitution\n\n" + facts.constitution(summary),
         "## Judge\n\n" + facts.judge(summary),
         *(f"## {heading}\n\n{text(summary)}" for heading, text in ({"Priority gate": facts.tries} if proposed else measured).items()),
-        "## Limits\n\n" + _bullets(_limits(summary, proposed)),
+        "## Limits\n\n" + _bullets(_limits(summary, other)),
         "## Versions\n\n" + facts.versions(summary, adapter),
     ]
     return "\n\n".join(parts) + "\n"
@@ -87,7 +91,7 @@ def _head(summary: Mapping[str, Any], adapter: bool) -> str:
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
 
 
-def _what(summary: Mapping[str, Any], adapter: bool, step: int | None) -> str:
+def _what(summary: Mapping[str, Any], adapter: bool, other: Mapping[str, Any] | None) -> str:
     n = len(summary["iterations"])
     order = " first, then ".join(f"**{escaped(o)}**" for o in summary["constitution"]["objectives"])
     lora = _lora(summary)
@@ -102,25 +106,27 @@ def _what(summary: Mapping[str, Any], adapter: bool, step: int | None) -> str:
         f"Trained: {how}{merged}. Fingerprint of the base: {escaped(summary.get('model_fingerprint', 'unknown'))}. "
         "No licence is stated here: the base model's terms apply."
     )
-    if step is not None:
+    if other:
+        mine = f"that of iteration {n}**" if other["step"] is None else f"the checkpoint of step {other['step']}** of the last iteration"
         text += (
-            f"\n\n**This is not the final model but the checkpoint of step {step}** of the last iteration: the final model failed the "
-            "priority gate and is not handed over, and this one is proposed in its place."
+            f"\n\n**This is not the final model but {mine}: the final model failed the priority gate and is not handed over, and this one "
+            "is proposed in its place."
         )
     if adapter and not _on_the_base(summary):
         text += f"\n\nThis adapter belongs on the merged model of iteration {n - 1}, not on the base: use the merged model of this run."
     return text
 
 
-def _of_the_checkpoint(summary: Mapping[str, Any], step: int) -> list[str]:
-    """As `_of_the_model`, for the checkpoint that is proposed."""
+def _of_the_proposed(summary: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """As `_of_the_model`, for the one that is proposed."""
     gate = summary["gate"]
-    mine = next(c for c in gate["checkpoints"] if c["step"] == step)
+    passed = next(c for c in gate["checkpoints"] if c["passed"])
+    kind, of = ("model", f"iteration {other['iteration']}") if other["step"] is None else ("checkpoint", f"step {other['step']}")
     return [
         f"**Priority gate FAILED by the final model**: {escaped(gate['text'])}",
-        f"**Priority gate passed by this checkpoint, of step {step}**: {escaped(mine['text'])}",
-        "**No other score of this checkpoint is reported here**; its judged answers are in the run's evaluation/"
-        f"checkpoint-{step}: read them before you use it",
+        f"**Priority gate passed by this {kind}, of {of}**: {escaped(passed['text'])}",
+        f"**No other score of this {kind} is reported here**; its judged answers are in the run's {facts.answers_of(other)}: "
+        "read them before you use it",
         *_of_the_judge(summary),
         *_of_the_guard(summary),
     ]
@@ -134,7 +140,7 @@ def _of_the_model(summary: Mapping[str, Any]) -> list[str]:
         if not gate["passed"]:
             result += ", and was not enforced" if summary["model_path"] else ": this model is not handed over, do not use it"
             if other := gate.get("proposed"):
-                result += f" (checkpoint {other['step']} is proposed instead)"
+                result += f" ({facts.called(other)} is proposed instead)"
         lines.append(f"**Priority gate {result}**: {escaped(gate['text'])}")
     for o in summary["constitution"]["objectives"]:
         by = summary["measures"].get(o, {}).get("all")
@@ -202,7 +208,7 @@ def _code(*lines: str) -> str:
     return "\n".join(("```python", *lines, "```"))
 
 
-def _limits(summary: Mapping[str, Any], proposed: bool) -> list[str]:
+def _limits(summary: Mapping[str, Any], other: Mapping[str, Any] | None) -> list[str]:
     held = (summary.get("prompts") or {}).get("heldout")
     of = f"{held['count']} held-out prompts of one set" if held else "the held-out prompts of one set"
     limits = [
@@ -219,7 +225,7 @@ def _limits(summary: Mapping[str, Any], proposed: bool) -> list[str]:
         limits.insert(
             0, "A 135M model has almost nothing safe to choose from and judges little better than chance: this shows the machinery only."
         )
-    if proposed:
-        tried = len(summary["gate"]["checkpoints"])
-        limits.insert(0, f"This checkpoint was chosen by its figures, in {tried + 1} looks: its bound is a little too good.")
+    if other:
+        tried, kind = len(summary["gate"]["checkpoints"]), "model" if other["step"] is None else "checkpoint"
+        limits.insert(0, f"This {kind} was chosen by its figures, in {tried + 1} looks: its bound is a little too good.")
     return limits

@@ -37,6 +37,16 @@ def last_part(path: object) -> str:
     return str(path).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
+def called(tried: Mapping[str, Any]) -> str:
+    """What the gate tries or proposes, by name: one without a step is an earlier iteration's finished model."""
+    return f"iteration {tried['iteration']}'s model" if tried["step"] is None else f"checkpoint {tried['step']}"
+
+
+def answers_of(tried: Mapping[str, Any]) -> str:
+    """Where the run has its judged answers."""
+    return f"evaluation/iteration-{tried['iteration']}" if tried["step"] is None else f"evaluation/checkpoint-{tried['step']}"
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -155,9 +165,9 @@ def check_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def tries(summary: Mapping[str, Any]) -> str:
-    """The final model and the checkpoints after it, in the order in which they were tried."""
+    """The final model and the others after it, in the order in which they were tried."""
     gate = summary["gate"]
-    tried = [("final model", gate), *((f"checkpoint {c['step']}", c) for c in gate["checkpoints"])]
+    tried = [("final model", gate), *((called(c), c) for c in gate["checkpoints"])]
     rows = [(who, "passed" if g["passed"] else f"**FAILED** ({escaped(g['verdict'])})", escaped(g["text"])) for who, g in tried]
     text = table(("model", "result", "figures"), rows)
     return f"{text}\n\nDifferences are after - before of the same held-out prompts, on a scale of 0 to 10, by the judge above."

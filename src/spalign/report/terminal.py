@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from spalign.report.card_facts import called
 from spalign.text import one_line, printable, shorten
 
 
@@ -173,11 +174,11 @@ def _gate(summary: dict[str, Any], console: Console) -> None:
     else:
         console.print(Text(f"PRIORITY GATE FAILED ({gate['verdict']}): {_safe(gate['text'])}{unenforced}", style="bold red"))
     for c in gate["checkpoints"]:
-        console.print(Text(f"  checkpoint {c['step']}: {'passes' if c['passed'] else c['verdict']}; {_safe(c['text'])}"))
+        console.print(Text(f"  {called(c)}: {'passes' if c['passed'] else c['verdict']}; {_safe(c['text'])}"))
     if summary["model_path"] is None:
         console.print(Text(f"no model is handed over; the one that failed is kept: {gate['failed_path']}", style="bold red"))
-        if gate["proposed"]:
-            console.print(Text(f"proposed, checkpoint {gate['proposed']['step']}: {gate['proposed']['path']}", style="bold"))
+        if proposed := gate["proposed"]:
+            console.print(Text(f"proposed, {called(proposed)}: {proposed['path']}", style="bold"))
     else:
         console.print(Text(f"model: {summary['model_path']}", style="bold"))
     console.print(Text("all of it, with every prompt: report.html beside summary.json; or spalign show RUN", style="dim"))
