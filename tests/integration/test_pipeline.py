@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from plain_objectives import plain_objectives
 
 from spalign.config import RunConfig, config_from
 from spalign.engines.scripted import ScriptedEngine
-from spalign.errors import NothingToTrainOn
+from spalign.errors import NothingToTrainOn, PromptError, RunFolderError
 from spalign.pipeline import STAGES, run, train
-from spalign.store import Stage
+from spalign.store import RunFolder, Stage
 from spalign.training import guard
 from spalign.types import Message
 
@@ -382,3 +384,75 @@ def test_a_changed_threshold_does_the_scores_not_again(tmp_path, tiny_model):
     assert before == {s: (base / s / "manifest.json").stat().st_mtime_ns for s in before}
     # alpha is met from 4.5 on: the refined (8, 8) and candidate (5, 4) tie on alpha and beta decides between them
     assert manifest(base / "5-pair")["funnel"]["decided_by"] == {"alpha": 18, "beta": 2}
+
+
+def test_a_held_out_prompt_that_leaves_no_room_is_refused_before_anything_is_sampled(tmp_path, tiny_model):
+    heldout = rows_file(tmp_path, "long", [{"id": "long one", "prompt": "word " * 3000 + "kind:keep"}])
+    config = settings(tmp_path, tiny_model, ["keep"], prompts={"heldout": heldout})
+    with pytest.raises(PromptError, match=r"prompt 'long one' has .* exceeds the model's window of 4096"):
+        run(config, only="sample", make_engine=lambda _: ScriptedEngine(reply, score, window=4096))
+    assert not list(config.folder.rglob("part-*"))
+
+
+def test_how_engines_are_run_alike_and_where_the_folder_lies_is_no_other_configuration(tmp_path, tiny_model):
+    judge_engine = {"dtype": "float32"}
+    config = settings(tmp_path, tiny_model, ["keep"], self_evaluation={"judge_engine": judge_engine})
+    run(config, only="sample", make_engine=engine)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    same = (
+        "engine.batch_size=3",
+        "engine.timeout=1",
+        "engine.batching=static",
+        "self_evaluation.judge_engine.max_retries=1",
+        f"runs_dir={tmp_path}/link",
+    )
+    found = run(config_from(config.model_dump(mode="json"), same), only="sample", make_engine=lambda _: pytest.fail("done already"))
+    assert not found.new
+    for other in (
+        "engine.dtype=bfloat16",
+        "engine.hidden_states=true",
+        "self_evaluation.judge_engine.device=cuda",
+        "engine.batching=continuous",
+    ):
+        more = ("engine.kind=vllm",) if "hidden" in other else ()
+        with pytest.raises(RunFolderError, match="holds a run with another configuration") as e:
+            run(config_from(config.model_dump(mode="json"), (other, *more)), only="sample", make_engine=engine)
+        option, _, value = other.partition("=")
+        assert f"+{option}: {value.replace('true', 'True')}" in e.value.message
+
+
+def test_fresh_keeps_the_lock_until_the_new_folder_has_one(tmp_path, tiny_model, monkeypatch):
+    """Another process that comes at any moment is kept out, or has the new folder to itself."""
+    config = settings(tmp_path, tiny_model, ["keep"])
+    run(config, only="sample", make_engine=engine)
+    seen = []
+    aside = RunFolder.set_aside
+
+    def slow(folder: RunFolder) -> Path:
+        with pytest.raises(RunFolderError, match="is working on this run"):
+            RunFolder(config.folder).open()
+        found = aside(folder)
+        with pytest.raises(RunFolderError, match="is working on this run"):
+            RunFolder(found).open()
+        seen.append(found)
+        return found
+
+    monkeypatch.setattr(RunFolder, "set_aside", slow)
+    assert run(config, mode="fresh", only="sample", make_engine=engine).new
+    RunFolder(seen[0]).open()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["of the weights", "of the optimiser"])
+def test_a_checkpoint_that_does_not_fit_ends_training_with_what_to_do(tmp_path, tiny_model, share):
+    config = settings(tmp_path, tiny_model, ["keep"] * 2)
+    data_stages(config)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = int(share * (tiny_model / "model.safetensors").stat().st_size)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(RunFolderError, match=r"6-train: (File too large|cannot be written; is the disk full.*)\n  fix: "):
+            run(config, only="train", make_engine=engine)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert run(config, only="train", make_engine=engine).new

@@ -26,7 +26,7 @@ from spalign.errors import EngineError
 from spalign.pipeline.context import MeteredEngine
 from spalign.selfeval import judge_check, load_labelled
 from spalign.store import Stage, run_in_parts
-from spalign.store.stages import Alone
+from spalign.store.work import Alone
 from spalign.types import Message
 
 if importlib.util.find_spec("vllm") is None:
@@ -433,18 +433,22 @@ def test_what_vllm_refuses_is_told(tiny_model: Path, tmp_path: Path) -> None:
     assert "Traceback" not in e.value.message.splitlines()[0]
 
 
-def test_it_ends_with_a_parent_that_is_killed(tiny_model: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_it_ends_with_a_parent_that_is_killed_and_leaves_nothing(how: signal.Signals, tiny_model: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom spalign.config import EngineConfig\nfrom spalign.engines.vllm import VLLMEngine\n"
         "engine = VLLMEngine(sys.argv[1], EngineConfig(kind='vllm', dtype='float32', memory=1))\n"
         "print(engine._process._process.pid, flush=True)\ntime.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tiny_model)], stdout=subprocess.PIPE, text=True) as parent:
+    own = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code, str(tiny_model)], env=own, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert alive(pid)
-        parent.kill()
+        assert list(tmp_path.glob("spalign-vllm-*"))
+        parent.send_signal(how)
     assert gone_within(10, pid)
+    assert list(tmp_path.glob("spalign-vllm-*")) == []
 
 
 # adapters

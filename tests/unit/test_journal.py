@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ def test_rows_come_back_in_another_process_whatever_their_text(tmp_path):
 def test_a_row_is_in_the_file_when_append_returns(tmp_path):
     journal = Journal(tmp_path / "j")
     journal.append("a", {"n": 1})
-    assert (tmp_path / "j").read_bytes() == b'{"key":"a","n":1}\n'  # and so survives a kill -9
+    crc = b"%08x" % zlib.crc32(b'{"key":"a","n":1')
+    assert (tmp_path / "j").read_bytes() == b'{"key":"a","n":1,"crc":"%s"}\n' % crc  # and so survives a kill -9
     journal.close()
 
 
@@ -97,6 +100,20 @@ def test_garbage_between_lines_is_left_out_and_counted(tmp_path_factory, junk):
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + junk + b"\n" + second)
     assert held(path) == ({k: TEXT[k] for k in "ab"}, 1)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"plain", b"plein"), (b"[1,2]", b"[1,3]"), (b'"text"', b'"test"')])
+def test_a_line_that_changed_is_left_out_and_counted(tmp_path, old, new):
+    fill(tmp_path / "j", "a", "b")
+    whole = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(whole.replace(old, new, 1))
+    assert held(tmp_path / "j") == ({"b": TEXT["b"]}, 1)
+
+
+def test_lines_of_an_earlier_version_have_no_checksum_and_count(tmp_path):
+    (tmp_path / "j").write_bytes(b'{"key":"a","text":"plain","token_ids":[1],"finished":true}\n')
+    fill(tmp_path / "j", "b")
+    assert held(tmp_path / "j") == ({k: TEXT[k] for k in "ab"}, 0)
 
 
 def test_remove_takes_the_file_away(tmp_path):
@@ -222,6 +239,31 @@ def test_a_completion_of_another_model_seed_prompt_or_sampling_is_another(tmp_pa
     list(recorded(new, model, [other], journal))
     journal.close()
     assert (again.asked, len(new.asked)) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"text": None, "token_ids": [1], "finished": True},
+        {"text": "a", "token_ids": [None], "finished": True},
+        {"text": "a", "token_ids": [1], "finished": 1},
+        {"text": "a", "finished": True},
+    ],
+)
+def test_a_row_that_is_no_completion_is_asked_for_again_and_counted(tmp_path, bad):
+    journal = Journal(tmp_path / "j")
+    list(recorded(Counting(), "m", [request("x", 1, 2)], journal))
+    journal.close()
+    key = json.loads((tmp_path / "j").read_bytes().splitlines()[0])["key"]
+    journal = Journal(tmp_path / "j")
+    journal.append(key, bad)
+    journal.close()
+    for asked in ([1], []):  # the line that was asked for again is the one that counts
+        engine, journal = Counting(), Journal(tmp_path / "j")
+        got = list(recorded(engine, "m", [request("x", 1, 2)], journal))
+        journal.close()
+        assert (engine.asked, journal.healed) == (asked, len(asked))
+        assert sorted(c.text for c in got) == ["hello 1", "hello 2"]
 
 
 def work_with(engine: Any, stage: Stage, items: list[int]) -> dict[str, Any]:

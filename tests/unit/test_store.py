@@ -25,14 +25,16 @@ from spalign.store import (
     clear_errors,
     decode_row,
     digest,
+    link,
     read_json,
+    read_manifest,
     run_in_parts,
     run_over_parts,
     versions,
     write_atomic,
     write_json,
 )
-from spalign.store.stages import Alone
+from spalign.store.work import Alone
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
@@ -131,7 +133,7 @@ def test_read_json_of_no_file_is_none(tmp_path):
 def test_a_damaged_json_file_is_named_with_a_fix(tmp_path, content):
     path = tmp_path / "manifest.json"
     path.write_bytes(content)
-    with pytest.raises(RunFolderError, match=r"manifest\.json: cannot be read.*\n  fix: remove the stage's folder"):
+    with pytest.raises(RunFolderError, match=r"manifest\.json: cannot be read.*\n  fix: restore it, or remove this file alone"):
         read_json(path)
 
 
@@ -152,6 +154,72 @@ def test_every_disk_error_says_where_and_what_to_do(code, fix):
         raise OSError(code, os.strerror(code))
     assert e.value.message == f"runs/x: {os.strerror(code)}"
     assert fix in e.value.hint
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("from safetensors.torch import save_file; save = lambda: save_file({'a': torch.zeros(9999)}, 'a')", "File too large"),
+        (
+            "save = lambda: torch.save({'a': torch.zeros(9999)}, 'a')",
+            "cannot be written; is the disk full, or a quota or size limit reached?",
+        ),
+        (
+            "from tokenizers import Tokenizer, models; t = Tokenizer(models.WordLevel({'x' * n: n for n in range(999)}, '')); "
+            "save = lambda: t.save('a')",
+            "File too large",
+        ),
+    ],
+    ids=["safetensors", "torch", "tokenizers"],
+)
+def test_what_the_writers_of_models_raise_says_what_to_do(tmp_path, program, said):
+    limits = "resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    told = f"""
+import resource, signal, torch
+from pathlib import Path
+from spalign.errors import RunFolderError
+from spalign.store import clear_errors
+{program}
+{limits}
+try:
+    with clear_errors(Path("stage")):
+        save()
+except RunFolderError as e:
+    assert e.hint
+    print(e.message)
+"""
+    done = subprocess.run([sys.executable, "-c", told], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"stage: {said}\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), ValueError("iostream error"), Exception("no number"), RunFolderError("a b")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as e, clear_errors(Path("x")):
+        raise error
+    assert e.value is error
+
+
+def test_where_there_are_no_links_a_copy_is_whole_or_not_there(tmp_path, monkeypatch):
+    from spalign.store import files
+
+    def other_disk(self, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", other_disk)
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"text")
+
+    def full(file, place):
+        place.write_bytes(b"")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m, pytest.raises(RunFolderError, match="b: No space left on device"):
+        m.setattr(files.shutil, "copy2", full)
+        link(source, target)
+    assert list(tmp_path.iterdir()) == [source]
+    link(source, target)
+    assert target.read_bytes() == b"text"
+    assert sorted(tmp_path.iterdir()) == [source, target]
 
 
 def test_an_error_without_a_number_is_not_a_disk_error():
@@ -278,6 +346,111 @@ def test_a_folder_that_is_no_stage_is_set_aside(tmp_path):
     assert (tmp_path / "1-sample.replaced-1/notes.txt").read_text() == "mine"
 
 
+def killed_after(folder: Path, parts: int) -> Stage:
+    """A stage of three parts of two rows, of which so many are done."""
+
+    def work(items):
+        if items[0] == 2 * parts:
+            raise KeyboardInterrupt
+        return double(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_parts(stage_at(folder), list(range(6)), 2, work)
+    return stage_at(folder)
+
+
+DAMAGES = {
+    "a digit": lambda data: data.replace(b"2", b"3"),
+    "a row less": lambda data: data.split(b"\n")[0] + b"\n",
+    "cut": lambda data: data[:-3],
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_part_that_changed_before_the_stage_is_done_is_named_and_done_again_alone(tmp_path, damage):
+    part = killed_after(tmp_path, 2).part(0)
+    part.write_bytes(damage(part.read_bytes()))
+    with pytest.raises(RunFolderError, match=rf"{part}: damaged: .*\n  fix: restore it, or remove this file: this part alone"):
+        run_in_parts(stage_at(tmp_path), list(range(6)), 2, double)
+    part.unlink()
+    done = []
+    run_in_parts(stage_at(tmp_path), list(range(6)), 2, lambda items: (done.append(list(items)), double(items))[1])
+    assert done == [[0, 1], [4, 5]]
+    assert [r["n"] for r in stage_at(tmp_path).rows()] == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("left", [b"", b"0123", None])
+def test_a_part_of_which_no_sum_was_kept_counts_where_it_is_whole(tmp_path, left):
+    """What a kill between the two leaves, a torn line, a run of an earlier version."""
+    stage = killed_after(tmp_path, 1)
+    sums = stage.folder / "parts.sha256"
+    whole = sums.read_bytes()
+    if left is None:
+        sums.unlink()
+    else:
+        sums.write_bytes(left)
+    killed_after(tmp_path, 1)
+    assert sums.read_bytes() == (left or b"") + whole
+    for name, damage in DAMAGES.items():
+        if name != "a digit":
+            sums.unlink()
+            whole_part = stage.part(0).read_bytes()
+            stage.part(0).write_bytes(damage(whole_part))
+            with pytest.raises(RunFolderError, match="damaged"):
+                run_in_parts(stage_at(tmp_path), list(range(6)), 2, double)
+            stage.part(0).write_bytes(whole_part)
+            killed_after(tmp_path, 1)
+    assert run_in_parts(stage_at(tmp_path), list(range(6)), 2, double)["items"] == 6
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"digest": "a', '{"digest": 1, "seconds": 0, "tokens": 0}'])
+def test_damaged_progress_costs_no_part(tmp_path, content):
+    stage = killed_after(tmp_path, 2)
+    (stage.folder / "progress.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"progress\.json: .*\n  fix: .*restore it") as e:
+        run_in_parts(stage_at(tmp_path), list(range(6)), 2, double)
+    (stage.folder / "progress.json").write_text(json.dumps(json.loads(e.value.hint[e.value.hint.index("{") : e.value.hint.index("}") + 1])))
+    done = []
+    run_in_parts(stage_at(tmp_path), list(range(6)), 2, lambda items: (done.append(list(items)), double(items))[1])
+    assert done == [[4, 5]]
+
+
+@pytest.mark.parametrize("left", [None, "progress.json.tmp", "progress.json", "journal-00000.jsonl"])
+def test_what_a_kill_leaves_of_a_beginning_is_not_set_aside(tmp_path, left):
+    old = stage_at(tmp_path, seed=0)
+    old.folder.mkdir()
+    if left == "progress.json":
+        old.begin()
+    elif left:
+        (old.folder / left).touch()
+    run_in_parts(stage_at(tmp_path, seed=1), [1], 1, double)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["1-sample", "manifest.json", "part-00000.jsonl", "parts.sha256", "progress.json"]
+
+
+def test_what_is_set_aside_is_told(tmp_path):
+    said = []
+    folder = RunFolder(tmp_path)
+    folder.tell = said.append
+    for seed in (0, 1):
+        run_in_parts(folder.stage("1-sample", {"seed": seed}), [1], 1, double)
+    assert said == [f"{tmp_path}/1-sample: what is there was made from other inputs; set aside as 1-sample.replaced-1"]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"digest": 1}', '{"digest": "a", "inputs": {}, "parts": []}'])
+def test_a_manifest_that_lacks_something_is_refused_by_name_and_made_again_from_the_parts(tmp_path, content):
+    stage = stage_at(tmp_path)
+    first = run_in_parts(stage, [1, 2], 1, double)
+    path = stage.folder / "manifest.json"
+    path.write_text(content)
+    for ask in (stage.manifest, lambda: list(stage.rows()), lambda: read_manifest(stage.folder)):
+        with pytest.raises(RunFolderError, match=r"manifest\.json: damaged: no .*\n  fix: .*remove this file alone"):
+            ask()
+    path.unlink()
+    again = run_in_parts(stage_at(tmp_path), [1, 2], 1, lambda _: pytest.fail("worked again"))
+    assert again["parts"] == first["parts"]
+
+
 def test_rows_of_an_unfinished_stage_are_refused(tmp_path):
     stage = stage_at(tmp_path)
     stage.begin()
@@ -309,6 +482,17 @@ def test_any_text_survives_a_part(tmp_path_factory, text):
 
 
 # the folder
+
+
+def test_a_journal_that_holds_something_is_work(tmp_path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    journal = tmp_path / "iteration-1/1-sample/journal-00000.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.touch()
+    assert not folder.has_work()
+    journal.write_text("{}")
+    assert folder.has_work()
 
 
 def test_a_second_process_is_refused(tmp_path):
@@ -526,5 +710,6 @@ def test_a_finished_stage_of_the_same_inputs_is_taken_from_another_run(tmp_path:
     assert list(mine.rows()) == [{"x": 1}]
     mine.write_part(0, [{"x": 2}])  # a new file under the name: theirs stays
     assert list(theirs.rows()) == [{"x": 1}]
+    assert len((tmp_path / "a/1/parts.sha256").read_text().splitlines()) == 1
     (tmp_path / "a/1/model").mkdir()
     assert not Stage(tmp_path / "c/1", {"n": 1}).take_from(tmp_path / "a/1")  # what was trained stays where it is

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from spalign.config.base import Part, PositiveInt
 from spalign.config.engine import EngineConfig
@@ -125,6 +125,25 @@ class RunConfig(Part):
                     hint="use another scorer, or leave out the threshold",
                 )
         return constitution.model_copy(update={"objectives": objectives})
+
+
+def what_counts(record: Any) -> Any:
+    """Of a configuration on record, of whatever version, what makes it another one: not where the run is, nor how engines are run alike."""
+    if not isinstance(record, Mapping):
+        return record
+    own = record.get("self_evaluation")
+    engines = {"engine": _engine_counts(record.get("engine"))}
+    if isinstance(own, Mapping):
+        engines["self_evaluation"] = {**own, "judge_engine": _engine_counts(own.get("judge_engine"))}
+    return {k: v for k, v in {**record, **engines}.items() if k != "runs_dir"}
+
+
+def _engine_counts(record: Any) -> Any:
+    try:
+        engine = EngineConfig.model_validate(record)
+    except ValidationError:  # None, or of a version that had other options
+        return record
+    return {**engine.matters(), "hidden_states": engine.hidden_states, "tokenizer": engine.tokenizer}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

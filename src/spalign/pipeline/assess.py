@@ -77,6 +77,7 @@ class _Assessment:
 
             load_mmlu(config.mmlu)
         self.folder = RunFolder(config.folder)
+        self.folder.tell = self.ui.line
         self.constitution = config.constitution_loaded()
         self.objectives = self.constitution.objectives
         self._make = make_engine or (lambda name: load_engine(name, config.engine))

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import yaml
 
+from spalign.config.run import what_counts
 from spalign.errors import RunFolderError
 from spalign.pipeline.context import Context
-from spalign.store import write_atomic
+from spalign.store import RunFolder, write_atomic
 
 Mode = Literal["auto", "resume", "fresh"]
 
@@ -20,9 +21,14 @@ def claim(run: Context, mode: Mode) -> None:
     if mode == "resume" and not folder.exists():
         raise RunFolderError(f"{folder.path}: no run to resume", hint="leave out --resume to start it")
     if mode == "fresh" and folder.path_exists():
-        folder.open()  # not while another process works on it
-        folder.close()
-        run.ui.line(f"set the old run aside as {folder.set_aside()}")
+        old = RunFolder(folder.path)
+        old.open()  # not while another process works on it
+        try:
+            run.ui.line(f"set the old run aside as {old.set_aside()}")
+            folder.open()
+        finally:
+            old.close()
+        return
     if mode == "auto" and folder.has_work() and (changes := _changes(run)):
         listed = "\n".join(f"  {c}" for c in changes[:12])
         raise RunFolderError(
@@ -41,7 +47,8 @@ def _changes(run: Context) -> list[str]:
             old = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             raise RunFolderError(f"{path}: cannot be read: {e}", hint="use --fresh to set the folder aside") from e
-        lines = difflib.unified_diff(_flat(old), _flat(value), n=0, lineterm="")
+        before, now = map(what_counts, (old, value)) if name == "config.yaml" else (old, value)
+        lines = difflib.unified_diff(_flat(before), _flat(now), n=0, lineterm="")
         changed += [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     return changed
 

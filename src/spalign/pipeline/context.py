@@ -9,6 +9,8 @@ from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
 
+import msgspec
+
 from spalign.config import RunConfig
 from spalign.constitution import Constitution, Objective
 from spalign.engines.base import Ask, Batching, Completion, Concurrent, Engine, GenerateRequest, count_tokens, only
@@ -21,6 +23,23 @@ from spalign.types import Message, Prompt
 EngineFactory = Callable[[str], Engine]
 
 
+class _Kept(msgspec.Struct):
+    """What a journal holds of a completion."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+
+
+def _kept(journal: Journal, key: str) -> _Kept | None:
+    row = journal.get(key)
+    try:
+        return None if row is None else msgspec.convert(row, _Kept)
+    except msgspec.ValidationError:
+        journal.drop(key)
+        return None
+
+
 def recorded(engine: Engine, model: str, requests: Sequence[GenerateRequest], journal: Journal) -> Iterator[Completion]:
     """The completions of `requests`: those that the journal holds, and those that `engine` gives, written before they are handed on.
 
@@ -31,13 +50,13 @@ def recorded(engine: Engine, model: str, requests: Sequence[GenerateRequest], jo
     each = [[(r, i)] for r in requests for i in range(len(r.seeds))]
     missing, again = set[tuple[str, int]](), set[tuple[str, int]]()
     for batch in engine.batches(requests) if isinstance(engine, Batching) else each:
-        rows = [journal.get(f"{what[r.id]}-{r.seeds[i]}") for r, i in batch]
+        rows = [_kept(journal, f"{what[r.id]}-{r.seeds[i]}") for r, i in batch]
         lacks = {(r.id, i) for (r, i), row in zip(batch, rows, strict=True) if row is None}
         missing |= lacks
         again |= {(r.id, i) for r, i in batch} if lacks else set()
         for (request, i), row in zip(batch, rows, strict=True):
             if row is not None:
-                yield Completion(request.id, i, row["text"], tuple(row["token_ids"]), row["finished"])
+                yield Completion(request.id, i, row.text, row.token_ids, row.finished)
     seeds = {r.id: r.seeds for r in requests}
     for completion in only(engine.generate, requests, again):
         name, i = completion.request_id, completion.index
@@ -178,6 +197,9 @@ class Context:
     """Whether checks of judges are kept for other runs: not where the engine is the caller's own."""
     reference_judge: Policy | None = None
     """A second judge, whose scores are compared with the run's."""
+
+    def __post_init__(self) -> None:
+        self.folder.tell = self.ui.line
 
     @cached_property
     def objectives(self) -> tuple[Objective, ...]:

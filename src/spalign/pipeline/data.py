@@ -37,7 +37,7 @@ def sample_step(run: Context, base: str, policy: Policy, judging: Judging, promp
         check_scorers(judging.judge.engine.inner, run.objectives, judging.judgements())  # before anything is sampled
         if judging.judge is not policy:
             judging.judge.free()
-        run.check_fit(policy, prompts)
+        run.check_fit(policy, [*prompts, *run.heldout_prompts])  # not only after training
         stage.begin()
         missing = [n for n in range(0, len(prompts), config.shard_size) if not stage.part(n // config.shard_size).exists()]
         total = sum(len(prompts[n : n + config.shard_size]) for n in missing) * config.sample.n

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spalign.errors import RunFolderError
-from spalign.store import Row, Stage, read_json
+from spalign.store import Row, Stage, read_json, read_manifest
 from spalign.text import shorten
 from spalign.types import prompt_from_json
 from spalign.yamlfile import load_yaml
@@ -16,7 +16,7 @@ from spalign.yamlfile import load_yaml
 
 def finished(folder: Path) -> Stage | None:
     """The stage in that folder, if it is done."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_manifest(folder)
     return None if manifest is None else Stage(folder, manifest["inputs"])
 
 

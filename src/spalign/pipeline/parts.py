@@ -45,7 +45,7 @@ def best_scored(drafts: Sequence[Response], *, objectives: Sequence[Objective]) 
 
 def read_groups(scored: Part, refined: Part) -> Iterator[tuple[StoredGroup, StoredDrafts]]:
     """The groups of a part with their drafts."""
-    for line, of_drafts in zip(scored.lines(), refined.lines(), strict=True):
+    for line, of_drafts in _side_by_side(refined, scored.lines(), refined.lines()):
         group, drafts = read_row(group_decoder, line), read_row(drafts_decoder, of_drafts)
         _check_same(refined, group.prompt.id, drafts.prompt_id)
         yield group, drafts
@@ -59,7 +59,7 @@ def kept_groups(
     only: rows of interest; nothing of the others is decoded. The parts were checked when the rows of interest were found.
     """
     rows = (scored.lines(checked=only is not None), refined.lines(checked=only is not None), verdicts.splitlines())
-    for n, (line, of_drafts, said) in enumerate(zip(*rows, strict=True)):
+    for n, (line, of_drafts, said) in enumerate(_side_by_side(refined, *rows)):
         if only is not None and n not in only:
             continue
         verdict = read_row(verdict_decoder, said)
@@ -68,6 +68,14 @@ def kept_groups(
             _check_same(refined, group.prompt.id, drafts.prompt_id, verdict.prompt_id)
             chosen = [r for r in drafts.refined if r.id == verdict.refined]  # none only where nothing is denoised
             yield n, group, [*group.candidates, *chosen], len(group.candidates) if chosen else None
+
+
+def _side_by_side(part: Part, *rows: list[bytes]) -> Iterator[tuple[bytes, ...]]:
+    if len(set(map(len, rows))) > 1:
+        raise RunFolderError(
+            f"{part.path}: has not as many rows as the stages beside it", hint=f"remove {part.path.parent} to have the stage done again"
+        )
+    return zip(*rows, strict=True)
 
 
 def _check_same(part: Part, *prompt_ids: str) -> None:

@@ -14,7 +14,8 @@ from spalign.store.files import (
 )
 from spalign.store.folder import RunFolder
 from spalign.store.journal import Journal
-from spalign.store.stages import Item, Part, Stage, run_in_parts, run_over_parts, versions
+from spalign.store.stages import Part, Stage, read_manifest, versions
+from spalign.store.work import Item, run_in_parts, run_over_parts
 
 __all__ = [
     "Item",
@@ -30,6 +31,7 @@ __all__ = [
     "encode_rows",
     "link",
     "read_json",
+    "read_manifest",
     "run_in_parts",
     "run_over_parts",
     "versions",

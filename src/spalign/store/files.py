@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,9 +15,13 @@ from typing import Any
 
 import msgspec
 
-from spalign.errors import RunFolderError
+from spalign.errors import RunFolderError, SpalignError
 
 Row = dict[str, Any]
+MADE_AGAIN = "restore it, or remove this file alone and run again: it is made anew from what stands beside it"
+"""What to do about a damaged file that says what stands beside it."""
+_WRITER_FAILED = ("PytorchStreamWriter failed writing", "iostream error", "unexpected pos ")
+"""What torch says of a file that it cannot write."""
 
 
 def digest(value: Any) -> str:
@@ -37,10 +42,23 @@ def clear_errors(path: Path) -> Iterator[None]:
     }
     try:
         yield
-    except OSError as e:
-        if e.errno is None:
+    except SpalignError:
+        raise
+    except Exception as e:
+        if (code := _number(e)) is None:
             raise
-        raise RunFolderError(f"{path}: {e.strerror}", hint=hints.get(e.errno, "check the folder; choose another runs_dir")) from e
+        what = os.strerror(code) if code else "cannot be written; is the disk full, or a quota or size limit reached?"
+        raise RunFolderError(f"{path}: {what}", hint=hints.get(code or errno.ENOSPC, "check the folder; choose another runs_dir")) from e
+
+
+def _number(e: Exception) -> int | None:
+    """A file system error's number; 0 where torch's writer keeps it to itself; None: it is no such error."""
+    if isinstance(e, OSError):
+        return e.errno
+    if type(e) is Exception or type(e).__name__ == "SafetensorError":  # of tokenizers and safetensors, which are written in Rust
+        found = re.search(r"\(os error (\d+)\)", str(e))
+        return int(found[1]) if found else None
+    return 0 if type(e) is RuntimeError and any(said in str(e) for said in _WRITER_FAILED) else None
 
 
 def encode_row(row: object) -> bytes:
@@ -73,14 +91,14 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """The whole file or none of it, on disk when this returns. Raises RunFolderError."""
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path`, on disk, when the block ends; nothing is left of what fails. Raises RunFolderError."""
     temporary = path.with_name(path.name + ".tmp")
     with clear_errors(path):
         try:
-            with temporary.open("wb") as f:
-                f.write(data)
-                f.flush()
+            yield temporary
+            with temporary.open("rb") as f:
                 os.fsync(f.fileno())
             temporary.rename(path)
         except OSError:
@@ -90,12 +108,19 @@ def write_atomic(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def write_atomic(path: Path, data: bytes) -> None:
+    """The whole file or none of it, on disk when this returns. Raises RunFolderError."""
+    with _whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def link(file: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no links."""
+    """The same file under a second name; a copy, whole or not there, where the file system has no links. Raises RunFolderError."""
     try:
         target.hardlink_to(file)
     except OSError:
-        shutil.copy2(file, target)
+        with _whole(target) as temporary:
+            shutil.copy2(file, temporary)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,4 +137,4 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
-        raise RunFolderError(f"{path}: cannot be read: {e}", hint="remove the stage's folder to have it done again, or use --fresh") from e
+        raise RunFolderError(f"{path}: cannot be read: {e}", hint=MADE_AGAIN) from e

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from spalign.text import printable
 
 
 class RunFolder:
-    """`runs/NAME`, held by one process at a time."""
+    """`runs/NAME`, held by one process at a time. tell: told what is set aside in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.tell: Callable[[str], None] = lambda _: None
         self._lock: int | None = None
 
     def exists(self) -> bool:
@@ -29,7 +31,8 @@ class RunFolder:
 
     def has_work(self) -> bool:
         """Whether anything is finished that another configuration could call into question."""
-        return self.exists() and any(p.parent.name != "0-judge" for p in self.path.rglob("part-*.jsonl"))
+        kinds = ("part-*.jsonl", "journal-*.jsonl")
+        return self.exists() and any(p.parent.name != "0-judge" and _holds_any(p) for kind in kinds for p in self.path.rglob(kind))
 
     def path_exists(self) -> bool:
         with clear_errors(self.path):
@@ -82,7 +85,13 @@ class RunFolder:
             self._lock = None
 
     def stage(self, where: str, inputs: Mapping[str, Any]) -> Stage:
-        return Stage(self.path / where, inputs)
+        return Stage(self.path / where, inputs, self.tell)
+
+
+def _holds_any(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # another process is at work
+        return path.stat().st_size > 0
+    return False
 
 
 _held: weakref.WeakSet[RunFolder] = weakref.WeakSet()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import zlib
 from pathlib import Path
 
 from spalign.store.files import Row, clear_errors, decode_row, encode_row, sync_folder
 
 SYNC_SECONDS = 1.0
+_SUM = b',"crc":"'
+"""Between a line's row and its CRC-32, which a line of an earlier version lacks."""
 
 
 class Journal:
@@ -46,9 +49,7 @@ class Journal:
         for line in self.path.read_bytes().splitlines(keepends=True):
             position += len(line)
             try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("torn")
-                row = decode_row(line)
+                row = _row(line)
                 rows[row["key"]] = row
                 end = position
             except (ValueError, TypeError, KeyError):  # in the middle of a file: what a machine that lost power leaves
@@ -60,8 +61,14 @@ class Journal:
         """What an earlier process appended under this key."""
         return self._rows.get(key)
 
+    def drop(self, key: str) -> None:
+        """The row of this key is not what it should be."""
+        del self._rows[key]
+        self.healed += 1
+
     def append(self, key: str, row: Row) -> None:
-        line = encode_row({"key": key, **row})
+        body = encode_row({"key": key, **row})[:-2]
+        line = b'%s%s%08x"}\n' % (body, _SUM, zlib.crc32(body))
         with clear_errors(self.path):
             self._check()
             rest = memoryview(line)
@@ -103,3 +110,13 @@ class Journal:
                     os.fsync(self._file)
                 except OSError as e:
                     self._failed = e
+
+
+def _row(line: bytes) -> Row:
+    """Raises ValueError where the line is torn or not as it was written."""
+    if not line.endswith(b"}\n"):
+        raise ValueError("torn")
+    body, mark, crc = line[:-19], line[-19:-11], line[-11:-3]
+    if mark == _SUM and crc != b"%08x" % zlib.crc32(body):
+        raise ValueError("damaged")
+    return decode_row(line)

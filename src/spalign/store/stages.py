@@ -2,30 +2,40 @@
 
 A part is written to a temporary name, synced and renamed. A stage's `manifest.json` is written last: its presence means done. A stage
 knows the digest of all that it depends on; done with the same digest, it is not run again; with another one, it is set aside, never
-deleted. What is finished of a part in work stands in a journal of its own.
+deleted. What is finished of a part in work stands in a journal of its own. When a part is there, its SHA-256 is added to `parts.sha256`:
+what goes on with the part later looks whether it still is what was written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import platform
+import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 from spalign.errors import RunFolderError
-from spalign.store.files import Row, clear_errors, decode_row, digest, encode_rows, link, read_json, write_atomic, write_json
+from spalign.store.files import (
+    MADE_AGAIN,
+    Row,
+    clear_errors,
+    decode_row,
+    digest,
+    encode_rows,
+    link,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from spalign.store.journal import Journal
 
-Item = TypeVar("Item")
 PART_BYTES = 1 << 25
+SUMS = "parts.sha256"
 
 
 class Part(NamedTuple):
@@ -39,7 +49,7 @@ class Part(NamedTuple):
 
         checked: that it is what the manifest says was seen a moment ago.
         """
-        remedy = f"remove {self.path.parent} to have the stage done again"
+        remedy = f"remove it and {self.path.with_name('manifest.json')}: what is missing is done again"
         try:
             data = self.path.read_bytes()
         except OSError as e:
@@ -52,11 +62,21 @@ class Part(NamedTuple):
         return lines
 
 
-class Stage:
-    """One stage on disk. `inputs` is everything that its result depends on."""
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the stage in that folder, of whatever inputs, if it is done. Raises RunFolderError where it is damaged."""
+    path = folder / "manifest.json"
+    found: dict[str, Any] | None = read_json(path)
+    kinds = {"digest": str, "inputs": dict, "parts": dict}
+    if found is not None and (wrong := [k for k, kind in kinds.items() if not isinstance(found.get(k), kind)]):
+        raise RunFolderError(f"{path}: damaged: no {wrong[0]}", hint=MADE_AGAIN)
+    return found
 
-    def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
-        self.folder, self.inputs = folder, dict(inputs)
+
+class Stage:
+    """One stage on disk. `inputs` is everything that its result depends on. tell: told where work of other inputs is set aside."""
+
+    def __init__(self, folder: Path, inputs: Mapping[str, Any], tell: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.inputs, self._tell = folder, dict(inputs), tell
         self.digest = digest(self.inputs)
         self.healed = 0
         """Torn lines of journals that this stage has had."""
@@ -69,43 +89,66 @@ class Stage:
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, if the stage is done with these inputs."""
-        found = read_json(self.folder / "manifest.json")
-        return found if found and found.get("digest") == self.digest else None
+        found = read_manifest(self.folder)
+        return found if found and found["digest"] == self.digest else None
 
     def begin(self) -> dict[str, Any]:
         """Make the folder ready and return what an interrupted run left (`seconds`, `tokens`). Another input's work is set aside."""
-        progress = read_json(self.folder / "progress.json")
-        if self.folder.exists() and (progress is None or progress.get("digest") != self.digest):
+        progress = self._progress()
+        if progress is None or progress["digest"] != self.digest:
             self._set_aside()
-            progress = None
-        if progress is None:
             with clear_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             progress = {"digest": self.digest, "seconds": 0.0, "tokens": 0}
             write_json(self.folder / "progress.json", progress)
         self.healed = progress.get("healed", 0)
-        return dict(progress)
+        with clear_errors(self.folder), contextlib.suppress(FileNotFoundError):
+            lines = (self.folder / SUMS).read_text("ascii", "replace").splitlines()
+            self._hashes |= {found[2]: found[1] for line in lines if (found := re.fullmatch(r"([0-9a-f]{64})  (part-\d+\.jsonl)", line))}
+        return progress
+
+    def _progress(self) -> dict[str, Any] | None:
+        path = self.folder / "progress.json"
+        new = json.dumps({"digest": self.digest, "seconds": 0, "tokens": 0})
+        hint = (
+            "it says what the parts beside it were made from: restore it; or, if configuration, model and prompts are what they were then, "
+            f"write this into it: {new}; or move the folder away to have the stage done again"
+        )
+        try:
+            found: dict[str, Any] | None = read_json(path)
+        except RunFolderError as e:
+            raise RunFolderError(e.message, hint=hint) from e
+        kinds = {"digest": str, "seconds": int | float, "tokens": int}
+        if found is not None and (wrong := [k for k, kind in kinds.items() if not isinstance(found.get(k), kind)]):
+            raise RunFolderError(f"{path}: damaged: no {wrong[0]}", hint=hint)
+        return found
 
     def _set_aside(self) -> None:
-        n = 1
-        while (aside := self.folder.with_name(f"{self.folder.name}.replaced-{n}")).exists():
-            n += 1
+        """Where there is anything but what a kill left of a beginning."""
         with clear_errors(self.folder):
+            if not self.folder.exists():
+                return
+            if not any(p.is_dir() or (p.stat().st_size and not p.name.startswith("progress.json")) for p in self.folder.iterdir()):
+                return
+            n = 1
+            while (aside := self.folder.with_name(f"{self.folder.name}.replaced-{n}")).exists():
+                n += 1
             self.folder.rename(aside)
+        self._tell(f"{self.folder}: what is there was made from other inputs; set aside as {aside.name}")
 
     def take_from(self, other: Path) -> bool:
         """Make another run's finished stage of the same inputs this one's, by links where the file system has them; False: it is none.
 
         A stage that holds folders (models) is none: what was trained stays where it is.
         """
-        found = read_json(other / "manifest.json")
-        if not found or found.get("digest") != self.digest or any(p.is_dir() for p in other.iterdir()):
+        found = read_manifest(other)
+        if not found or found["digest"] != self.digest or any(p.is_dir() for p in other.iterdir()):
             return False
         self.begin()
         with clear_errors(self.folder):
-            for path in sorted(other.iterdir(), key=lambda p: p.name == "manifest.json"):  # the manifest last: it says that all is there
-                if path.name in {p.name for p in self.folder.iterdir()}:
-                    (self.folder / path.name).unlink()
+            (self.folder / SUMS).unlink(missing_ok=True)  # of parts that the other run's replace
+            for path in (*sorted(other.glob("part-*.jsonl")), other / "manifest.json"):  # the manifest last: it says that all is there
+                (self.folder / path.name).unlink(missing_ok=True)
                 link(path, self.folder / path.name)
         return True
 
@@ -132,6 +175,31 @@ class Stage:
     def part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.jsonl"
 
+    def has_part(self, number: int, items: Callable[[], Sequence[Any]]) -> bool:
+        """Whether the part of these items is there. Raises RunFolderError where it is not as it was written.
+
+        One that was not added to `parts.sha256` (a kill came between, or an earlier version wrote it) must have a row an item.
+        """
+        path = self.part(number)
+        if not path.exists():
+            return False
+        with clear_errors(path):
+            data = path.read_bytes()
+        found, known = hashlib.sha256(data).hexdigest(), self._hashes.get(path.name)
+        if not (found == known if known else _rows_in(data) == len(items())):
+            raise RunFolderError(
+                f"{path}: damaged: it is not what was written", hint="restore it, or remove this file: this part alone is done again"
+            )
+        if known is None:
+            self._add_sum(path.name, found)
+        return True
+
+    def _add_sum(self, name: str, sha256: str) -> None:
+        path = self.folder / SUMS
+        with clear_errors(path), path.open("ab") as f:
+            f.write(f"{sha256}  {name}\n".encode())
+        self._hashes[name] = sha256
+
     def write_part(self, number: int, rows: Iterable[object]) -> None:
         """A part, whole or not at all."""
         self.write_lines(number, encode_rows(rows))
@@ -139,7 +207,7 @@ class Stage:
     def write_lines(self, number: int, lines: bytes) -> None:
         """A part whose rows are encoded."""
         write_atomic(self.part(number), lines)
-        self._hashes[self.part(number).name] = hashlib.sha256(lines).hexdigest()
+        self._add_sum(self.part(number).name, hashlib.sha256(lines).hexdigest())
 
     def write_stream(self, chunks: Iterable[bytes]) -> None:
         """All parts of the stage anew, from encoded rows; a part is closed with the chunk that makes it PART_BYTES long."""
@@ -165,7 +233,7 @@ class Stage:
         manifest = {"digest": self.digest, "inputs": self.inputs, "parts": parts, "versions": versions(), **facts}
         write_json(self.folder / "manifest.json", manifest)
         with clear_errors(self.folder):
-            for left in self.folder.glob("journal-*.jsonl"):  # of a process that was killed between a part and this
+            for left in (*self.folder.glob("journal-*.jsonl"), *self.folder.glob("*.json*.tmp")):  # of a process that was killed
                 left.unlink()
         return manifest
 
@@ -182,111 +250,13 @@ class Stage:
             yield from map(decode_row, part.lines())
 
 
-class Crew(Protocol):
-    """Who does the parts: so many at the same time, each in a thread of its own."""
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def tokens(self) -> int:
-        """Generated so far by the calling thread."""
-        ...
-
-    def stop(self) -> None:
-        """Have what is under way in other threads fail soon."""
-        ...
-
-
-class Alone:
-    """One part at a time, and nothing generated."""
-
-    width, tokens = 1, 0
-
-    def stop(self) -> None:
-        pass
-
-
-def run_in_parts(
-    stage: Stage, items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], list[Row]], *, crew: Crew | None = None
-) -> dict[str, Any]:
-    """Do `work` on `items`, `size` at a time, one part file each; parts that are on disk are not done again. Returns the manifest."""
-
-    def shard(start: int) -> Sequence[Item]:
-        return items[start : start + size]
-
-    return _run(stage, [partial(shard, start) for start in range(0, len(items), size)], len(items), work, crew or Alone())
-
-
-def run_over_parts(
-    stage: Stage,
-    source: Stage,
-    read: Callable[[bytes], Item],
-    work: Callable[[Sequence[Item]], list[Row]],
-    *,
-    crew: Crew | None = None,
-) -> dict[str, Any]:
-    """As `run_in_parts` for the rows of a finished stage: part by part, one of which a thread has in memory."""
-
-    def items(part: Part) -> list[Item]:
-        return [read(line) for line in part.lines()]
-
-    parts = source.finished_parts()
-    return _run(stage, [partial(items, part) for part in parts], (source.manifest() or {})["items"], work, crew or Alone())
-
-
-def _run(
-    stage: Stage,
-    shards: Sequence[Callable[[], Sequence[Item]]],
-    count: int,
-    work: Callable[[Sequence[Item]], list[Row]],
-    crew: Crew,
-) -> dict[str, Any]:
-    if (done := stage.manifest()) is not None:
-        return done
-    progress = stage.begin()
-    began, before, tokens = time.perf_counter(), progress["seconds"], progress["tokens"]
-    lock = threading.Lock()
-
-    def note(new_tokens: int = 0, healed: int = 0) -> None:
-        nonlocal tokens
-        with lock:
-            tokens += new_tokens
-            stage.healed += healed
-            stage.note(seconds=before + time.perf_counter() - began, tokens=tokens)
-
-    def do(number: int) -> None:
-        counted = crew.tokens
-        with stage.recording(number) as journal:
-            if journal.healed:
-                note(healed=journal.healed)
-            stage.write_part(number, work(shards[number]()))
-        note(crew.tokens - counted)
-
-    _abreast(do, [n for n in range(len(shards)) if not stage.part(n).exists()], crew)
-    healed = {"healed_lines": stage.healed} if stage.healed else {}
-    return stage.finish(items=count, seconds=round(before + time.perf_counter() - began, 3), tokens=tokens, **healed)
-
-
-def _abreast(do: Callable[[int], None], numbers: Sequence[int], crew: Crew) -> None:
-    """`do` every number. After an error or an interruption the crew is stopped; it is raised when no thread works any more."""
-    if crew.width < 2:
-        for n in numbers:
-            do(n)
-        return
-    waiting, running = iter(numbers), set[Future[None]]()
-    with ThreadPoolExecutor(crew.width, thread_name_prefix="part") as threads:
-        try:
-            while True:
-                running |= {threads.submit(do, n) for n in islice(waiting, crew.width - len(running))}
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-        except BaseException:
-            crew.stop()
-            raise
+def _rows_in(data: bytes) -> int | None:
+    """How many rows a part has; None where it is damaged."""
+    *lines, rest = data.split(b"\n")
+    try:
+        return len(lines) if not rest and all(isinstance(decode_row(line), dict) for line in lines) else None
+    except ValueError:
+        return None
 
 
 def versions() -> dict[str, str]:
