@@ -1,10 +1,10 @@
-"""kill -9 of a real `spalign run` at random moments, in whatever stage it is, and resume, until it is done; again and again.
+"""kill -9 of a real `spalign run` at random moments, in every stage, and resume, until it is done; again and again.
 
     python benchmarks/crash.py --kills 20 --json
 
 The model is real and tiny (tests/random_model.py). Every process also notes each completion once it was promised to be kept. Counted are
     lost       completions, parts and manifests that were finished when a process was killed and are not there when the next one starts
-    repeated   completions generated again, parts and manifests written again, although they were finished
+    repeated   completions written again, parts and manifests written again, although they were finished
     different  part files that differ from those of a run that nobody interrupted
 """
 
@@ -88,10 +88,11 @@ def main() -> None:
     try:
         config = prepare(here)
         seconds = uninterrupted(here, config)
-        print(f"uninterrupted: {seconds:.0f} s after the folder was opened", flush=True)
+        stages = stage_seconds(here / "reference/runs/tiny")
+        print(f"uninterrupted: {seconds:.0f} s after the folder was opened, stages {stages}", flush=True)
         tally = Tally()
         while tally.kills < options.kills:
-            one_run(here, config, seconds, options.kills, rng, tally)
+            one_run(here, config, seconds, stages, options.kills, rng, tally)
     finally:
         shutil.rmtree(here, ignore_errors=True)
     found = {
@@ -140,7 +141,12 @@ def uninterrupted(here: Path, config: Path) -> float:
     return time.monotonic() - began
 
 
-def one_run(here: Path, config: Path, seconds: float, kills: int, rng: random.Random, tally: Tally) -> None:
+def stage_seconds(run: Path) -> dict[str, float]:
+    """How long each stage took."""
+    return {str(m.parent.relative_to(run)): json.loads(m.read_text()).get("seconds", 0.5) for m in sorted(run.glob("**/manifest.json"))}
+
+
+def one_run(here: Path, config: Path, seconds: float, stages: dict[str, float], kills: int, rng: random.Random, tally: Tally) -> None:
     """A run that is killed until it is done, or until there have been enough kills; then it is let go on to its end."""
     folder = here / "victim"
     shutil.rmtree(folder, ignore_errors=True)
@@ -149,11 +155,14 @@ def one_run(here: Path, config: Path, seconds: float, kills: int, rng: random.Ra
         process = start(folder, config, *flags)
         wait_until_open(process, folder)
         flags = ("--resume",)
-        code = (
-            process.wait()
-            if tally.kills == kills or here_killed == KILLS_A_RUN
-            else kill_at_random(process, folder / "notes", seconds, rng)
-        )
+        left = {name: tally.stages[name] for name in stages if not (run / name / "manifest.json").exists()}
+        if tally.kills == kills or here_killed == KILLS_A_RUN:
+            code = process.wait()
+        elif left and rng.random() < 0.5:
+            rarest = min(left, key=lambda name: (left[name], rng.random()))
+            code = kill_in_stage(process, run / rarest, stages[rarest], rng)
+        else:
+            code = kill_at_random(process, folder / "notes", seconds, rng)
         if code == 0:
             break
         if code != -signal.SIGKILL:
@@ -185,6 +194,15 @@ def kill_at_random(process: subprocess.Popen[bytes], notes: Path, seconds: float
     enough = math.inf if by_time else size + rng.uniform(0, 150) * NOTE
     while process.poll() is None and time.monotonic() < deadline and not (notes.exists() and notes.stat().st_size > enough):
         time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+
+def kill_in_stage(process: subprocess.Popen[bytes], stage: Path, seconds: float, rng: random.Random) -> int:
+    """Some time after the stage has begun; the exit code."""
+    while process.poll() is None and not stage.exists():
+        time.sleep(0.0005)
+    time.sleep(rng.uniform(0, seconds))
     process.send_signal(signal.SIGKILL)
     return process.wait()
 

@@ -39,14 +39,22 @@ class Backend(Protocol):
 
 
 class ModelServer:
-    """names: what it says it serves. window: max_model_len as vLLM tells it. key: what it asks for, if anything.
+    """names: what it says it serves. any_name: it takes others, too. window: max_model_len as vLLM tells it. key: what it asks for.
 
     `requests` holds (path, headers, body) of all that came for a completion. `faults`: one a request, taken from the front;
     `fault_if`: a fault for requests of a kind, for as long as it is set.
     """
 
-    def __init__(self, backend: Backend, *, names: Sequence[str] = ("served",), window: int | None = None, key: str | None = None) -> None:
-        self.backend, self.names, self.window, self.key = backend, tuple(names), window, key
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        names: Sequence[str] = ("served",),
+        any_name: bool = False,
+        window: int | None = None,
+        key: str | None = None,
+    ) -> None:
+        self.backend, self.names, self.any_name, self.window, self.key = backend, tuple(names), any_name, window, key
         self.requests: list[tuple[str, dict[str, str], Json]] = []
         self.faults: list[Fault] = []
         self.fault_if: Callable[[str, Json], Fault | None] = lambda path, body: None
@@ -134,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: Json) -> None:
         server = self.server_of
-        if body["model"] not in server.names:
+        if body["model"] not in server.names and not server.any_name:
             return self.error(404, f"The model `{body['model']}` does not exist.")
         try:
             made = (server.backend.chat if self.path.endswith("/chat/completions") else server.backend.text)(body)
@@ -153,6 +161,10 @@ def status(code: int, message: str = "something is wrong", **headers: str) -> Fa
 def raw(data: bytes, **headers: str) -> Fault:
     """A reply of these bytes with status 200."""
     return lambda handler, body: handler.reply(data, 200, headers)
+
+
+def elsewhere(url: str, code: int = 307) -> Fault:
+    return lambda handler, body: handler.reply(b"", code, {"Location": url})
 
 
 def drop(handler: Handler, body: Json) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model_server import ModelServer, Real, Scripted
+from model_server import ModelServer, Real, Scripted, status
 from spalign.config import EngineConfig
 from spalign.engines.transformers import TransformersEngine
 
@@ -114,17 +114,23 @@ def test_judge_check_measures_a_served_model(spalign, server, environment, tmp_p
 
 def test_a_server_that_goes_away_stops_the_run_and_the_same_command_goes_on(spalign, lay_out, server, tiny_model, tmp_path):
     lay_out(tmp_path, model="served", engine=engine(server, tiny_model))
-    server.fault_if = lambda path, body: (lambda handler, _: handler.error(503, "gone")) if len(server.requests) > 40 else None
+    gone = status(503, "gone")  # only to every other one, so that of some prompt some answers are there
+    server.fault_if = lambda path, body: gone if len(server.requests) > 20 and body.get("seed", 0) % 2 else None
     stopped = spalign(tmp_path, "sample", "run.yaml")
     assert stopped.code == 2
     assert "failed (503), tried 2 times" in stopped.err
     assert "the same command goes on" in stopped.err
     parts = {p.name: p.read_bytes() for p in tmp_path.rglob("1-sample/part-*.jsonl")}
     assert parts
-    server.fault_if = lambda path, body: None
+    journals = [line for p in tmp_path.rglob("1-sample/journal-*.jsonl") for line in p.read_text().splitlines()]
+    assert journals
+    server.fault_if, before = lambda path, body: None, len(server.asked())
     done = spalign(tmp_path, "sample", "run.yaml")
     assert done.code == 0, done.err
     assert {p.name: p.read_bytes() for p in tmp_path.rglob("1-sample/part-*.jsonl")}.items() >= parts.items()
+    rows = [line for part in parts.values() for line in part.splitlines()]
+    asked = [body for body in server.asked()[before:] if "seed" in body and "logprobs" not in body]  # the first questions have both
+    assert len(asked) == (12 - len(rows)) * 4 - len(journals), "what is there is not asked for again"
 
 
 def test_a_policy_that_is_only_served_cannot_be_trained_and_the_run_says_so_first(spalign, lay_out, server, tmp_path):

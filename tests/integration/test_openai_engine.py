@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import logging
 import shutil
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from model_server import (
     chat_choice,
     cut,
     drop,
+    elsewhere,
     endless,
     hang,
     raw,
@@ -30,7 +35,7 @@ from model_server import (
 )
 from spalign.config import EngineConfig
 from spalign.engines import endpoint
-from spalign.engines.base import EngineFailed, GenerateRequest, Sampling
+from spalign.engines.base import Concurrent, EngineFailed, GenerateRequest, Sampling
 from spalign.engines.openai import OpenAIEngine
 from spalign.engines.transformers import TransformersEngine
 from spalign.errors import EngineError
@@ -163,13 +168,43 @@ def test_a_server_that_stays_silent_is_an_error_that_says_for_how_long(scripted:
     [
         (status(429), r"too many requests \(429\), tried 2 times"),
         (status(500, "boom \x1b[31m\nand more"), r"failed \(500\), tried 2 times, on prompt 'p\d': boom"),
+        (status(429, retry_after="3600"), r"too many requests \(429\), tried once(.|\n)*fix: give the same command again in 3600 s"),
+        (status(429, x_should_retry="false"), r"\(429\), tried once(.|\n)*the server wants no other try now"),
+        (status(503, retry_after="Fri, 01 Jan 2100 00:00:00 GMT"), r"\(503\), tried once(.|\n)*again after Fri, 01 Jan 2100"),
         (drop, r"no connection, tried 2 times|no usable reply"),
+        (
+            raw(b'{"error": {"message": "quota \\u001b[31m exceeded"}}'),
+            r"no usable reply, tried 2 times, to prompt 'p\d': quota .* exceeded",
+        ),
+        (raw(b'{"error": "busy"}'), r"no usable reply.*: busy"),
+        (raw(gzip.compress(b" " * 1000), **{"Content-Encoding": "gzip"}), r"no usable reply.*compressed, which was not asked for"),
+        (elsewhere("/v1/chat/completions"), r"no usable reply.*redirects"),
+        (
+            elsewhere("http://me:pw@127.0.0.1:9/v1?key=pw"),
+            r"which redirects to http://127\.0\.0\.1:9: no connection, tried 2 times \(.*Connect call failed",
+        ),
         (HALF_JSON, r"no usable reply, tried 2 times"),
         (NO_CHOICES, r"no usable reply.*choices"),
         (status(400, "bad parameter"), r"refused prompt 'p\d' \(400\): bad parameter"),
         (status(404), r"no model 'm'.*404"),
     ],
-    ids=["429", "500", "drop", "half JSON", "no choices", "400", "404"],
+    ids=[
+        "429",
+        "500",
+        "429 for an hour",
+        "429 for good",
+        "503 for years",
+        "drop",
+        "error",
+        "error in a word",
+        "gzip",
+        "loop",
+        "redirect",
+        "half JSON",
+        "no choices",
+        "400",
+        "404",
+    ],
 )
 def test_what_goes_on_failing_is_an_error_that_says_what_and_keeps_what_came(scripted: ModelServer, fault: Fault, says: str) -> None:
     engine = OpenAIEngine("m", config(scripted, max_retries=1, concurrency=1))
@@ -180,11 +215,12 @@ def test_what_goes_on_failing_is_an_error_that_says_what_and_keeps_what_came(scr
     assert got == ["p0", "p0", "p1", "p1"]  # one at a time, in order: what came before the failure was handed on
     assert e.value.hint
     assert "\x1b" not in str(e.value)
+    assert "pw" not in str(e.value)
     assert len(str(e.value).splitlines()) == 2  # the fix stands on the second
 
 
 def test_a_server_that_is_not_there() -> None:
-    with pytest.raises(EngineError, match=r"no connection") as e:
+    with pytest.raises(EngineError, match=r"no connection, tried once \(.*Connect call failed \('127\.0\.0\.1', 9\)") as e:
         OpenAIEngine("m", EngineConfig(kind="openai", base_url="http://127.0.0.1:9/v1", max_retries=0))
     assert "start the server" in e.value.hint
 
@@ -206,6 +242,73 @@ def test_a_wrong_model_is_named_with_those_that_are_served(scripted: ModelServer
     with pytest.raises(EngineError, match=r"no model 'other'") as e:
         OpenAIEngine("other", config(scripted))
     assert "it serves: m" in e.value.hint
+
+
+def test_the_one_model_of_a_server_that_takes_any_name_has_its_own() -> None:
+    with ModelServer(Scripted(echoing), names=("m",), any_name=True) as server:
+        with pytest.raises(EngineError, match="no model 'other', though it answers") as e:
+            OpenAIEngine("other", config(server))
+        assert "it serves: m" in e.value.hint
+        OpenAIEngine("m:latest", config(server))  # the same to Ollama
+
+
+@pytest.mark.parametrize(("names", "says"), [((), ""), (("m", "n"), "not among the 2 models that it lists"), (("other", "n"), "")])
+def test_a_name_that_a_server_takes_and_does_not_list_is_noted(names: tuple[str, ...], says: str, caplog: pytest.LogCaptureFixture) -> None:
+    with ModelServer(Scripted(echoing), names=names, any_name=True) as server, caplog.at_level(logging.WARNING, logger="spalign"):
+        OpenAIEngine("other", config(server))
+    assert [says in m for m in caplog.messages] == ([True] if says else [])
+
+
+def test_what_a_server_calls_the_model_is_noted_and_another_one_in_the_middle_is_an_error(
+    scripted: ModelServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def called(name: str) -> Fault:
+        return lambda handler, body: handler.reply({**scripted.backend.chat(body), "model": name})
+
+    scripted.fault_if = lambda path, body: called("m-2026") if "logprobs" not in body and path.endswith("/chat/completions") else None
+    with caplog.at_level(logging.WARNING, logger="spalign"):
+        engine = OpenAIEngine("m", config(scripted, concurrency=1))
+    assert caplog.messages == [f"note: {scripted.url} says that 'm' is 'm-2026'"]
+    scripted.fault_if = lambda path, body: called("n" if "Question 1" in str(body["messages"]) else "m-2026")
+    got = []
+    with pytest.raises(EngineFailed, match="first 'm-2026' answered for 'm', and now 'n'"):
+        got.extend(c.request_id for c in engine.generate(requests(3, seeds=1)))
+    assert got == ["p0"]
+
+
+def test_without_a_count_of_tokens_the_tokenizer_is_not_known_to_be_the_server_s(
+    scripted: ModelServer, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="spalign"):
+        OpenAIEngine.load("m", config(scripted, tokenizer=str(tiny_model)))
+    assert [m for m in caplog.messages if "does not say how many tokens it reads" in m] == caplog.messages != []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ALL_PROXY", "socks5://me:pw@127.0.0.1:1", "socksio"),
+        ("HTTP_PROXY", "foo://me:pw@h", "ValueError"),
+        ("http_proxy", "http://me:pw@127.0.0.1:99999", "ExceptionGroup"),
+        ("SSL_CERT_FILE", "/nowhere/pw.pem", "No such file"),
+        ("SSL_CERT_FILE", __file__, "no certificate"),
+        ("OPENAI_ORG_ID", "pw\u00e9", "UnicodeEncodeError"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named_and_not_shown(
+    scripted: ModelServer, monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(EngineFailed, match=rf"no request can be made with these settings \(.*{says}") as e:
+        OpenAIEngine("m", config(scripted))
+    assert name in e.value.hint
+    assert "pw" not in str(e.value)
+
+
+def test_an_address_that_is_none_is_an_error() -> None:
+    with pytest.raises(EngineFailed, match=r"no request can be made with these settings \(InvalidURL\)"):
+        OpenAIEngine("m", EngineConfig(kind="openai", base_url="http://\uff48\uff4f\uff53\uff54/v1"))
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "0.5", '"a"', "null"])
@@ -257,6 +360,32 @@ def test_at_most_concurrency_requests_are_under_way() -> None:
         engine = OpenAIEngine("m", config(server, concurrency=5))
         assert len(list(engine.generate(requests(10)))) == 20
         assert 2 <= server.most_under_way <= 5
+
+
+def test_two_calls_at_a_time_share_the_requests_that_may_be_under_way() -> None:
+    with ModelServer(Scripted(echoing, delay=0.2), names=("m",)) as server:
+        engine = OpenAIEngine("m", config(server, concurrency=3))
+        assert isinstance(engine, Concurrent)
+        with ThreadPoolExecutor(engine.width) as threads:
+            calls = [threads.submit(lambda of: [c.text for c in engine.generate(of)], [r]) for r in requests(2, seeds=4)]
+            got = [sorted(call.result()) for call in calls]
+        assert got == [[f"answer to Question {i}? with {10 * i + k}" for k in range(4)] for i in range(2)]
+        assert server.most_under_way == 3
+
+
+def test_closing_ends_calls_under_way_and_those_to_come(scripted: ModelServer) -> None:
+    engine = OpenAIEngine("m", config(scripted, concurrency=2, timeout=60))
+    scripted.fault_if = lambda path, body: hang(60)
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(lambda: list(engine.generate(requests(2)))) for _ in range(2)]
+        while scripted.under_way < 2:
+            time.sleep(0.01)
+        engine.close()
+        for call in calls:
+            with pytest.raises(EngineError, match="the openai engine was closed"):
+                call.result(timeout=10)
+    with pytest.raises(EngineError, match="the openai engine was closed"):
+        list(engine.generate(requests(1)))
 
 
 def test_hostile_answers_are_kept_as_text(scripted: ModelServer) -> None:

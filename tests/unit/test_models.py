@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
+from spalign.engines import models
 from spalign.engines.models import cache_dir, fingerprint, locate, resolve
 from spalign.errors import ModelError
 
@@ -156,7 +160,60 @@ def test_a_broken_gguf_file_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     file.write_bytes(b"not a model" * 10)
     error = refused(file, resolve)
     assert error.message.startswith(f"{file}: cannot be dequantised: ")
-    assert list((tmp_path / "cache" / "models").iterdir()) == []
+    assert [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
+
+
+def gguf_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> Path:
+    """One whose model is a file of a few bytes."""
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("SPALIGN_CACHE", str(cache))
+    monkeypatch.setattr(models, "_load", lambda gguf: (Part("config.json"), Part("tokenizer.json")))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"x")
+    return file
+
+
+class Part:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / self.name).write_text("{}")
+
+
+@pytest.mark.parametrize("cache", ["/proc/nowhere", __file__])
+def test_a_cache_that_cannot_be_made_is_named(cache: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    error = refused(gguf_file(monkeypatch, tmp_path, Path(cache)), resolve)
+    assert error.message.startswith(f"{cache}/models/m-")
+    assert "cannot be written" in error.message
+    assert "SPALIGN_CACHE" in error.hint
+
+
+def test_a_full_disk_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(self: Part, folder: Path) -> None:
+        folder.mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    file = gguf_file(monkeypatch, tmp_path, tmp_path / "cache")
+    monkeypatch.setattr(Part, "save_pretrained", full)
+    assert "No space left on device" in refused(file, resolve).message
+    assert [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
+
+
+def test_what_a_killed_process_left_is_removed_and_who_is_at_work_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, folder = gguf_file(monkeypatch, tmp_path, tmp_path / "cache"), tmp_path / "cache" / "models"
+    (folder / "other-1234.tmp").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as thread, (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = thread.submit(resolve, str(file))
+        with pytest.raises(TimeoutError):
+            found.result(timeout=0.3)
+        assert (folder / "other-1234.tmp").exists(), "who holds the lock may be writing it"
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        target = Path(found.result(timeout=60))
+    assert {p.name for p in folder.iterdir()} == {".lock", target.name}
+    assert {p.name for p in target.iterdir()} == {"config.json", "tokenizer.json", "spalign_origin.json"}
 
 
 def test_a_dequantised_model_is_found_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from spalign.config import EngineConfig, RunConfig, config_from, engine_at
 from spalign.engines import endpoint
 from spalign.engines.abilities import echoed
 from spalign.engines.base import NoTokenizer, count_tokens
-from spalign.engines.endpoint import Endpoint, Logprobs, Reply
+from spalign.engines.endpoint import Endpoint
 from spalign.engines.make import identify, weights_of
 from spalign.engines.openai import _SPECIAL, _chosen
+from spalign.engines.replies import Logprobs, Reply
 from spalign.errors import ConfigError, EngineError, ModelError
 from spalign.types import Message
 

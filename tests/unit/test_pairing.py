@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -26,7 +27,7 @@ from spalign.preference import best, consistent_yield, denoise, is_scored, level
 from spalign.report import Progress
 from spalign.rollout import Drafts, choose
 from spalign.selfeval import Judgement
-from spalign.store import RunFolder, Stage, run_in_parts
+from spalign.store import Part, RunFolder, Stage, run_in_parts
 from spalign.types import DropReason, Message, PreferencePair, Prompt, PromptGroup, Response, group_to_json, response_to_json
 
 NAMES = ("first", "second", "third")
@@ -391,3 +392,13 @@ def _die(n: int) -> int:
     if n == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return n
+
+
+def test_a_part_with_fewer_rows_than_the_one_beside_it_is_named(tmp_path):
+    parts = []
+    for name, data in (("scored", b"{}\n{}\n"), ("refined", b"{}\n")):
+        (tmp_path / name).write_bytes(data)
+        parts.append(Part(tmp_path / name, hashlib.sha256(data).hexdigest()))
+    for read in (parts_module.read_groups(*parts), parts_module.kept_groups(*parts, b"{}\n{}\n")):
+        with pytest.raises(RunFolderError, match=r"refined: has not as many rows as the stages beside it\n  fix: remove"):
+            next(read)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spalign.engines.base import EngineFailed
-from spalign.engines.endpoint import CHAT, TEXT, UNSUPPORTED, Endpoint, Job, Refused, Reply
+from spalign.engines.endpoint import CHAT, TEXT, UNSUPPORTED, Endpoint, Job, Refused
+from spalign.engines.replies import Reply
 from spalign.engines.tokens import ChatTokens
 from spalign.errors import EngineError
 from spalign.types import Message
@@ -36,12 +38,18 @@ class Abilities:
 
 
 def probe(endpoint: Endpoint, model: str, tokens: ChatTokens | None) -> Abilities:
-    """What the server can do; raises EngineError where the model does not answer, or where `tokens` are not those of the model."""
+    """What the server can do; raises EngineError where the model does not answer, or where `tokens` are not those of the model.
+
+    What could not be found out is a warning of the log `spalign`.
+    """
     listed = endpoint.models()
     endpoint.served = tuple(m.id for m in listed.data) if listed else ()
     window = next((m.max_model_len for m in listed.data if m.id == model), None) if listed else None
     reply, limit, seeds, chat_top = _probe_chat(endpoint, model)
+    _check_name(endpoint, model, reply)
     counted = reply.usage.prompt_tokens if reply.usage else None
+    if tokens and not counted:
+        _note(f"{endpoint.url} does not say how many tokens it reads: whether '{model}' has the tokenizer named here is not known")
     if tokens and counted and counted != (own := len(tokens.chat(_HELLO))):
         raise EngineError(
             f"{endpoint.url}: '{model}' reads a question of {own} tokens as {counted}: it has another tokenizer or chat template",
@@ -49,6 +57,22 @@ def probe(endpoint: Endpoint, model: str, tokens: ChatTokens | None) -> Abilitie
         )
     weighs = tokens is not None and _probe_prompt(endpoint, model, tokens)
     return Abilities(limit, seeds, chat_top, _probe_text(endpoint, model), weighs, window)
+
+
+def _check_name(endpoint: Endpoint, model: str, reply: Reply) -> None:
+    """Raises EngineError where the server has one model, of another name; some that list several take more names than they list."""
+    names = {name.removesuffix(":latest") for name in endpoint.served}
+    called = model.removesuffix(":latest")  # Ollama's way
+    if names and called not in names:
+        if len(names) == 1 and "*" not in min(names):
+            raise EngineError(f"{endpoint.url} has no model '{model}', though it answers", hint=endpoint.other_name())
+        _note(f"{endpoint.url} answers as '{model}', which is not among the {len(names)} models that it lists")
+    if reply.model and reply.model.removesuffix(":latest") != called:
+        _note(f"{endpoint.url} says that '{model}' is '{endpoint.shown(reply.model)}'")
+
+
+def _note(text: str) -> None:
+    logging.getLogger("spalign").warning("note: %s", text)
 
 
 def _probe_chat(endpoint: Endpoint, model: str) -> tuple[Reply, str, bool, int]:

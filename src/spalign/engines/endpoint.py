@@ -10,15 +10,17 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from queue import SimpleQueue
-from threading import Thread
-from typing import Annotated, Any, NamedTuple
+from threading import Semaphore, Thread
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from spalign.config import EngineConfig
 from spalign.engines.base import EngineFailed
+from spalign.engines.replies import Models, Reply, told, why_none
 from spalign.errors import EngineError
 from spalign.text import one_line, printable, shorten
 
@@ -29,83 +31,13 @@ LARGEST = 64 << 20
 """Bytes that a reply may have; the log-probabilities of a prompt of 100,000 tokens are about 16 MB."""
 CONNECT = 10.0
 """Seconds in which a server must take a connection, however long its answers may take."""
+_TURN = 0.02
+"""Seconds after which a call that has no slot looks for one again."""
+_PROXIES = frozenset({"ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"})
+_CERTIFICATES = frozenset({"SSL_CERT_FILE", "SSL_CERT_DIR"})
+_SETTINGS = _PROXIES | {"OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"}
+"""Environment variables that the client reads; proxies hold passwords, so no value is shown."""
 _TOO_LONG = ("context length", "context_length", "context window", "context size", "exceeds the available context", "maximum model length")
-
-
-LogProb = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
-"""A finite log-probability, rounding allowed for: anything else says that the reply is broken."""
-
-
-class Alternative(BaseModel):
-    token: str
-    logprob: LogProb
-
-
-class Position(Alternative):
-    top_logprobs: list[Alternative] = []
-
-
-class Logprobs(BaseModel):
-    """Per position: as chat replies have them (`content`), or as those of plain completions (the other three, by position)."""
-
-    content: list[Position] | None = None
-    tokens: list[str] | None = None
-    token_logprobs: list[LogProb | None] | None = None
-    top_logprobs: list[dict[str, LogProb] | None] | None = None
-
-    def first(self) -> dict[str, float]:
-        """Token -> log-probability at the first position, as many as the server gave."""
-        if self.content:
-            return {a.token: a.logprob for a in self.content[0].top_logprobs}
-        return dict(self.top_logprobs[0] or {}) if self.top_logprobs else {}
-
-
-class Answer(BaseModel):
-    content: str | None = None
-
-
-class Choice(BaseModel):
-    """text: of a plain completion. message: of a chat; without content only where the model was cut off before it said anything."""
-
-    text: str | None = None
-    message: Answer | None = None
-    finish_reason: str | None = None
-    logprobs: Logprobs | None = None
-
-    @property
-    def said(self) -> str:
-        return (self.message.content if self.message else self.text) or ""
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Choice:
-        content = self.message.content if self.message else self.text
-        if content is None and self.finish_reason not in ("length", "content_filter"):
-            raise ValueError("an answer without text")
-        return self
-
-
-class Usage(BaseModel):
-    prompt_tokens: int | None = None
-
-
-class Reply(BaseModel):
-    """What a server says to a request for a completion."""
-
-    choices: list[Choice] = Field(min_length=1)
-    usage: Usage | None = None
-
-    @property
-    def choice(self) -> Choice:
-        return self.choices[0]
-
-
-class Listed(BaseModel):
-    id: str
-    max_model_len: int | None = None
-
-
-class Models(BaseModel):
-    data: list[Listed]
 
 
 class Job(NamedTuple):
@@ -133,6 +65,10 @@ class Endpoint:
         self._config = config
         self.url = str(config.base_url)
         self.served: tuple[str, ...] = ()
+        self._answering: dict[str, str] = {}
+        self._slots = Semaphore(config.concurrency)
+        self._under_way: set[Callable[[], object]] = set()
+        self._closed = False
         key = os.environ.get(config.api_key_env, "")
         if not key and config.api_key_env != type(config).model_fields["api_key_env"].default:
             raise EngineError(f"the environment variable {config.api_key_env} holds no key", hint="export it, or change api_key_env")
@@ -144,7 +80,7 @@ class Endpoint:
 
     def one(self, job: Job) -> Reply:
         """The reply to one request. Raises Refused, or EngineFailed where the server cannot be used."""
-        return Reply.model_validate_json(next(self._ask([job]))[1])
+        return self._read(job, next(self._ask([job]))[1])
 
     def models(self) -> Models | None:
         """What the server says it serves; None where it does not say."""
@@ -161,10 +97,27 @@ class Endpoint:
         skip_long: a job that exceeds the model's window has None for a reply; else it is a failure like others.
 
         After a failure nothing new is asked; what is under way is waited for and given, then the error is raised. A caller that stops
-        early, or is interrupted, waits for nothing.
+        early, or is interrupted, waits for nothing. Calls of several threads have `concurrency` together, what is begun first goes first.
         """
         for i, content in self._ask(jobs, skip_long=skip_long):
-            yield i, None if content is None else Reply.model_validate_json(content)
+            yield i, None if content is None else self._read(jobs[i], content)
+
+    def close(self) -> None:
+        """Calls under way, and those to come, fail with EngineError."""
+        self._closed = True
+        for end in list(self._under_way):
+            end()
+
+    def _read(self, job: Job, content: bytes) -> Reply:
+        """Raises EngineFailed where another model answers than before."""
+        reply = Reply.model_validate_json(content)
+        if reply.model and (first := self._answering.setdefault(job.path, reply.model)) != reply.model:
+            asked = self.shown(str(job.body["model"]))
+            raise EngineFailed(
+                f"{self.url}: first '{self.shown(first)}' answered for '{asked}', and now '{self.shown(reply.model)}'",
+                hint="name one model, not a router or an alias that moves",
+            )
+        return reply
 
     def _ask(self, jobs: Sequence[Job], *, skip_long: bool = False) -> Iterator[tuple[int, Any]]:
         # a loop in a thread of its own: callers may have a running loop (notebooks), and replies are read while they work
@@ -172,12 +125,16 @@ class Endpoint:
         loop = asyncio.new_event_loop()
         task = loop.create_task(self._all(jobs, out, skip_long))
 
+        def end() -> None:
+            with contextlib.suppress(RuntimeError):  # it ended meanwhile
+                loop.call_soon_threadsafe(task.cancel)
+
         def work() -> None:
             try:
                 loop.run_until_complete(task)
                 out.put(None)
             except asyncio.CancelledError:
-                pass
+                out.put(EngineError("the openai engine was closed", hint="make a new one"))
             except BaseException as e:  # raised where the replies are read
                 out.put(e)
             finally:
@@ -187,22 +144,26 @@ class Endpoint:
 
         thread = Thread(target=work, daemon=True, name="spalign-openai")
         thread.start()
+        self._under_way.add(end)
         try:
+            if self._closed:
+                end()
             while (item := out.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            with contextlib.suppress(RuntimeError):  # it ended meanwhile
-                loop.call_soon_threadsafe(task.cancel)
+            self._under_way.discard(end)
+            end()
             thread.join()
 
     async def _all(self, jobs: Sequence[Job], out: SimpleQueue[Any], skip_long: bool) -> None:
-        todo = iter(enumerate(jobs))
+        todo = deque(enumerate(jobs))
         failed: list[EngineFailed] = []
 
         async def worker(client: Any) -> None:
-            for i, job in todo:
+            while todo and not failed:
+                i, job = todo.popleft()
                 try:
                     out.put((i, await self._post(client, job)))
                 except Refused as e:
@@ -212,12 +173,12 @@ class Endpoint:
                         failed.append(e)
                 except EngineFailed as e:
                     failed.append(e)
-                if failed:
-                    return
 
         async with self._client() as client, asyncio.TaskGroup() as group:
-            for _ in range(min(self._config.concurrency, len(jobs))):
-                group.create_task(worker(client))
+            while todo and not failed:
+                if got := self._slots.acquire(blocking=False):  # calls have loops of their own, so it cannot be waited for
+                    group.create_task(worker(client)).add_done_callback(lambda _: self._slots.release())
+                await asyncio.sleep(0 if got else _TURN)
         if failed:
             raise failed[0]
 
@@ -225,13 +186,17 @@ class Endpoint:
         import openai
 
         own = self._config
-        return openai.AsyncOpenAI(
-            base_url=self.url,
-            api_key=os.environ.get(own.api_key_env) or "none",
-            max_retries=own.max_retries,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._check]}),
-            timeout=openai.Timeout(own.timeout, connect=min(own.timeout, CONNECT)),
-        )
+        try:
+            return openai.AsyncOpenAI(
+                base_url=self.url,
+                api_key=os.environ.get(own.api_key_env) or "none",
+                max_retries=own.max_retries,
+                default_headers={"Accept-Encoding": "identity"},
+                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._check]}),
+                timeout=openai.Timeout(own.timeout, connect=min(own.timeout, CONNECT)),
+            )
+        except Exception as e:  # whatever the settings that it reads make of it
+            raise self._unsettled(e) from None
 
     async def _check(self, response: Any) -> None:
         """Called by the transport with every response: one that is none becomes a lost connection, which the client retries."""
@@ -239,6 +204,8 @@ class Endpoint:
 
         if (named := response.headers.get("x-request-id")) is not None:  # the client's debug log shows it as it came
             response.headers["x-request-id"] = self.without_key(named)
+        if response.headers.get("content-encoding", "").lower() not in ("", "identity"):  # a few bytes may stand for gigabytes
+            raise httpx2.RemoteProtocolError("it is compressed, which was not asked for", request=response.request)
         response.stream = _capped(response)
         if not response.is_success:
             return
@@ -247,10 +214,7 @@ class Endpoint:
         try:
             kind.model_validate_json(content)
         except ValidationError as e:
-            first = e.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(map(str, first["loc"][:3]))
-            why = first["msg"].removeprefix("Value error, ")
-            raise httpx2.RemoteProtocolError(f"{where}: {why}" if where else why, request=response.request) from None
+            raise httpx2.RemoteProtocolError(why_none(content, e), request=response.request) from None
 
     async def _post(self, client: Any, job: Job) -> bytes:
         import httpx2
@@ -262,64 +226,116 @@ class Endpoint:
             else:
                 response = await client.post(job.path, body=job.body, cast_to=httpx2.Response)
         except openai.APIStatusError as e:
-            raise self._refused(e.status_code, self._line(e), job) from None
-        except openai.APITimeoutError as e:
-            if isinstance(e.__cause__, httpx2.ConnectTimeout):
-                raise self._unreached("it does not answer") from None
-            raise EngineFailed(
-                f"{self.url}: no reply within {self._config.timeout:g} s, {self._tries}, to {job.what}",
-                hint="raise engine.timeout or lower engine.concurrency",
-            ) from None
+            raise self._refused(e, job) from None
         except openai.APIConnectionError as e:
-            cause = e.__cause__
-            if isinstance(cause, httpx2.RemoteProtocolError):
-                raise EngineFailed(
-                    f"{self.url}: no usable reply, {self._tries}, to {job.what}: {self._shown(str(cause))}",
-                    hint="see the server's log, and whether it speaks the OpenAI protocol at this address",
-                ) from None
-            raise self._unreached(type(cause).__name__) from None
+            raise self._lost(e, job) from None
+        except Exception as e:  # what the client reads is used only now, or a server redirects to an address that is none
+            raise self._unsettled(e) from None
         return bytes(response.content)
 
-    def _unreached(self, why: str) -> EngineFailed:
-        return EngineFailed(f"{self.url}: no connection, {self._tries} ({why})", hint="start the server, or mend base_url")
+    def _unsettled(self, error: Exception) -> EngineFailed:
+        why, names = type(error).__name__, _SETTINGS
+        if isinstance(error, ImportError):  # what a proxy's kind needs
+            why = str(error)
+        elif isinstance(error, OSError):
+            why, names = error.strerror or why, _CERTIFICATES
+        return EngineFailed(
+            f"{self.url}: no request can be made with these settings ({one_line(why)})", hint=f"mend base_url{_or_those_set(names)}"
+        )
 
-    @property
-    def _tries(self) -> str:
-        return f"tried {self._config.max_retries + 1} times" if self._config.max_retries else "tried once"
+    def _lost(self, error: Any, job: Job) -> EngineFailed:
+        """After the last try: no connection, silence, or a reply that is none."""
+        import httpx2
+        import openai
 
-    def _refused(self, status: int, said: str, job: Job) -> Refused:
-        own = self._config
-        model = self._shown(str(job.body.get("model", "")))
+        cause = error.__cause__
+        at, tried = self._at(getattr(cause, "request", error.request), job), _times(_tries(error))
+        if isinstance(error, openai.APITimeoutError) and not isinstance(cause, httpx2.ConnectTimeout):
+            return EngineFailed(
+                f"{at}: no reply within {self._config.timeout:g} s, {tried}, to {job.what}",
+                hint="raise engine.timeout or lower engine.concurrency",
+            )
+        if isinstance(cause, httpx2.RemoteProtocolError | httpx2.TooManyRedirects):
+            return EngineFailed(
+                f"{at}: no usable reply, {tried}, to {job.what}: {self.shown(str(cause))}",
+                hint="see the server's log, and whether it speaks the OpenAI protocol at this address",
+            )
+        why = "it does not answer" if isinstance(cause, httpx2.ConnectTimeout) else self.shown(_innermost(cause))
+        return EngineFailed(f"{at}: no connection, {tried} ({why})", hint=f"start the server, or mend base_url{_or_those_set(_PROXIES)}")
+
+    def _at(self, request: Any, job: Job) -> str:
+        """The address, and where it redirects to: of that no more than the host, which holds no secret."""
+        import httpx2
+
+        if request.url == httpx2.URL(self.url + job.path):
+            return self.url
+        return f"{self.url}, which redirects to {request.url.scheme}://{self.shown(request.url.netloc.decode())}"
+
+    def _refused(self, error: Any, job: Job) -> Refused:
+        own, status, said = self._config, error.status_code, self._line(error)
+        at, tried = self._at(error.request, job), _times(_tries(error))
+        model = self.shown(str(job.body.get("model", "")))
         if status in (401, 403):  # what it says may hold the key
             has = "does not accept the key in" if os.environ.get(own.api_key_env) else "wants a key, and there is none in"
-            return Refused(f"{self.url} {has} {own.api_key_env} ({status})", status, hint=f"export {own.api_key_env}=...")
+            return Refused(f"{at} {has} {own.api_key_env} ({status})", status, hint=f"export {own.api_key_env}=...")
         if status == 404:
-            names = f"it serves: {self._shown(', '.join(self.served[:8]))}" if self.served else "base_url usually ends in /v1"
-            return Refused(
-                f"{self.url} has no model '{model}' at {job.path} (404): {said}", status, hint=f"mend the name or base_url; {names}"
-            )
+            return Refused(f"{at} has no model '{model}' at {job.path} (404): {said}", status, hint=self.other_name())
         if status == 429:
-            hint = "lower engine.concurrency, raise engine.max_retries, or see your quota"
-            return Refused(f"{self.url}: too many requests (429), {self._tries}: {said}", status, hint=hint)
+            hint = f"{self._later(error) or 'lower engine.concurrency, raise engine.max_retries'}, or see your quota"
+            return Refused(f"{at}: too many requests (429), {tried}: {said}", status, hint=hint)
         if status >= 500 and status not in UNSUPPORTED:
-            return Refused(f"{self.url} failed ({status}), {self._tries}, on {job.what}: {said}", status, hint="see its log")
+            return Refused(f"{at} failed ({status}), {tried}, on {job.what}: {said}", status, hint=self._later(error) or "see its log")
         long = status in (400, 413, 422) and any(sign in said.lower() for sign in _TOO_LONG)
         hint = "shorten it or drop it, or let the model write less" if long else "see whether the server takes such a request"
-        return Refused(f"{self.url} refused {job.what} ({status}): {said}", status, too_long=long, hint=hint)
+        return Refused(f"{at} refused {job.what} ({status}): {said}", status, too_long=long, hint=hint)
+
+    def other_name(self) -> str:
+        """What to do where the server has no model of that name."""
+        names = f"it serves: {self.shown(', '.join(self.served[:8]))}" if self.served else "base_url usually ends in /v1"
+        return f"mend the name or base_url; {names}"
+
+    def _later(self, error: Any) -> str:
+        """When to ask again, where the server says so or let the client try less often than it may."""
+        if after := self.shown(error.response.headers.get("retry-after", "")):
+            return f"give the same command again {f'in {after} s' if after.isdecimal() else f'after {after}'}"
+        return "" if _tries(error) > self._config.max_retries else "give the same command again later: the server wants no other try now"
 
     def _line(self, error: Any) -> str:
         """What the server said, on a line."""
-        body = error.body
-        told = body.get("message") or body.get("detail") if isinstance(body, dict) else body
-        return self._shown(str(told or "nothing more"))
+        return self.shown(told(error.body) or "nothing more")
 
-    def _shown(self, text: str) -> str:
+    def shown(self, text: str) -> str:
         return shorten(one_line(printable(self.without_key(text))), 300)
 
     def without_key(self, text: str) -> str:
         """What a server said, should it repeat the key."""
         key = os.environ.get(self._config.api_key_env, "")
         return text.replace(key, "[key]") if len(key) >= 8 else text
+
+
+def _innermost(error: BaseException) -> str:
+    """What the system said: unknown host, refused, a certificate that is none."""
+    said = type(error).__name__
+    inner: BaseException | None = error
+    while inner is not None:
+        said = str(inner) or said
+        inner = inner.exceptions[0] if isinstance(inner, BaseExceptionGroup) else inner.__cause__ or inner.__context__
+    return said
+
+
+def _or_those_set(names: Collection[str]) -> str:
+    """Which of these environment variables could be wrong; proxies also go by their names in lower case."""
+    found = sorted(n for n in os.environ if n.upper() in names)
+    return f", or what is wrong of {', '.join(found)}" if found else ""
+
+
+def _tries(error: Any) -> int:
+    """As the client counts them in the requests it sends."""
+    return int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
+
+
+def _times(tries: int) -> str:
+    return f"tried {tries} times" if tries > 1 else "tried once"
 
 
 def _capped(response: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
+from typing import Any
 
 from spalign.errors import ModelError
 
@@ -105,28 +106,50 @@ def resolve(name: str) -> str:
 
 
 def _dequantise(gguf: Path, target: Path) -> None:
-    """Write `gguf` as float32 safetensors with its tokenizer and chat template; atomic, so that a kill leaves no half model."""
+    """Write `gguf` as float32 safetensors with its tokenizer and chat template; atomic, so that a kill leaves no half model.
+
+    One process of a cache at a time, so that what a killed one has left is nobody's and is removed.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{gguf}: reading GGUF needs the gguf package", hint="pip install 'spalign[gguf]'")
+    from safetensors import SafetensorError
+
+    half = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in target.parent.glob("*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+            if target.exists():  # another process was first
+                return
+            try:
+                for part in _load(gguf):
+                    part.save_pretrained(half)
+                origin = {"source": gguf.name, "sha256": fingerprint(str(gguf))}
+                (half / "spalign_origin.json").write_text(json.dumps(origin))
+                half.rename(target)
+            finally:
+                shutil.rmtree(half, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        raise ModelError(
+            f"{target}: the dequantised model cannot be written: {e}",
+            hint="make room there (4 bytes a weight), or set SPALIGN_CACHE to a folder that can be written",
+        ) from e
+
+
+def _load(gguf: Path) -> tuple[Any, Any]:
+    """Model and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
-        model.save_pretrained(half)
-        tokenizer.save_pretrained(half)
-        origin = {"source": gguf.name, "sha256": fingerprint(str(gguf))}
-        (half / "spalign_origin.json").write_text(json.dumps(origin))
-        if not target.exists():  # another process may have been first
-            half.rename(target)
     except (OSError, ValueError, KeyError) as e:
         raise ModelError(
             f"{gguf}: cannot be dequantised: {e}", hint="check that the file is a complete GGUF model that transformers supports"
         ) from e
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
+    return model, tokenizer

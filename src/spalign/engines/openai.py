@@ -13,8 +13,9 @@ from typing import Any
 from spalign.config import EngineConfig
 from spalign.engines.abilities import echo, echoed, probe
 from spalign.engines.base import Ask, Capability, Completion, GenerateRequest, NoTokenizer
-from spalign.engines.endpoint import CHAT, TEXT, Endpoint, Job, Reply
+from spalign.engines.endpoint import CHAT, TEXT, Endpoint, Job
 from spalign.engines.models import locate, resolve
+from spalign.engines.replies import Reply
 from spalign.engines.tokens import ChatTokens
 from spalign.errors import EngineError, ModelError
 from spalign.types import Message
@@ -25,9 +26,13 @@ _SPECIAL = re.compile(r"<(?=\|[^|<>\s]{1,40}\|>|/?s>|(?:start|end)_of_turn>|[be]
 
 
 class OpenAIEngine:
-    """One request a completion, many at a time; completions stream out as they finish. Nothing is held open between two calls."""
+    """One request a completion, many at a time; completions stream out as they finish. Nothing is held open between two calls.
+
+    Takes calls of two threads at the same time (`width`): the requests of the second go out where those of the first have ended.
+    """
 
     name = "openai"
+    width = 2
 
     def __init__(self, model: str, config: EngineConfig, tokens: ChatTokens | None = None) -> None:
         """Asks the server what it can do. tokens: the model's own tokenizer, where it is here. Raises EngineError."""
@@ -46,6 +51,10 @@ class OpenAIEngine:
     def load(cls, name: str, config: EngineConfig) -> OpenAIEngine:
         """The model that the server calls `name`, with the tokenizer of the local model of that name, or of config.tokenizer."""
         return cls(name, config, _tokens(name, config))
+
+    def close(self) -> None:
+        """Calls under way, and those to come, fail with EngineError."""
+        self._endpoint.close()
 
     @property
     def window(self) -> int:

@@ -20,6 +20,7 @@ from spalign.engines import ray_pool
 from spalign.engines.base import Ask, Capability, Completion, GenerateRequest, only
 from spalign.engines.loading import load_tokens
 from spalign.engines.ray_pool import Pool
+from spalign.engines.ray_worker import in_words
 from spalign.engines.tokens import ChatTokens, TokenEngine
 from spalign.errors import EngineError
 from spalign.text import printable, shorten
@@ -147,7 +148,12 @@ def _connect(config: EngineConfig) -> bool:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     address = config.address or os.environ.get("RAY_ADDRESS")
     if not address:
-        ray.init(address="local", include_dashboard=False, **quiet)
+        try:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        except Exception as e:  # OSError and others: its folder cannot be made, or its sockets' paths would be too long
+            raise EngineError(
+                f"no Ray cluster can be started here: {in_words(e, 200)}", hint="set RAY_TMPDIR to a short path that can be written"
+            ) from e
         _started_here.set()
         return True
     if address.startswith("ray://"):
@@ -161,7 +167,7 @@ def _connect(config: EngineConfig) -> bool:
         ray.init(address=address, **quiet)
     except Exception as e:  # ConnectionError, and others for an address that is none
         raise EngineError(
-            f"no Ray cluster at '{shorten(printable(address), 100)}': {shorten(printable(' '.join(str(e).split())), 200)}",
+            f"no Ray cluster at '{shorten(printable(address), 100)}': {in_words(e, 200)}",
             hint="start one there (ray start --head), or mend engine.address or RAY_ADDRESS; without them one is started here",
         ) from e
     return False

@@ -32,7 +32,7 @@ class VLLMProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="spalign-vllm-")
         log = Path(self._folder.name) / "log"
         ours, theirs = Pipe()
-        code = f"from spalign.engines.vllm_process import main; main({theirs.fileno()})"
+        code = f"from spalign.engines.vllm_process import main; main({theirs.fileno()}, {self._folder.name!r})"
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],

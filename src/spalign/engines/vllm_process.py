@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -72,10 +73,10 @@ class Some(NamedTuple):
     over: bool
 
 
-def main(fd: int) -> None:
-    """Load the model that the first message describes, then do every call that comes."""
+def main(fd: int, folder: str) -> None:
+    """Load the model that the first message describes, then do every call that comes. folder: for what it writes; goes when it ends."""
     slim()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     connection = Connection(fd)
     try:
         serve = Server(connection.recv())
@@ -102,9 +103,10 @@ def _listen(connection: Connection, inbox: SimpleQueue[Call | Stop | None]) -> N
         inbox.put(None)
 
 
-def _end_with_parent() -> None:
-    """Standard input is held open by the parent and never written to."""
+def _end_with_parent(folder: str) -> None:
+    """Standard input is held open by the parent and never written to. Who has killed the parent has left the folder to us."""
     sys.stdin.buffer.read()
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
