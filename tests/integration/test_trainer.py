@@ -943,12 +943,14 @@ def workers() -> Iterator[list[subprocess.Popen[str]]]:
         p.wait()
 
 
-def start_ranks(workers: list[subprocess.Popen[str]], what: str, folder: Path) -> None:
-    """Two ranks on loopback, each this file as a program."""
+def start_ranks(workers: list[subprocess.Popen[str]], folder: Path, *what: str) -> None:
+    """Two ranks on loopback, each this file as a program, which does one after the other, each in a folder of its own."""
+    for each in what:
+        (folder / each).mkdir()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     for rank in "01":
         env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, __file__, what, str(folder)]
+        command = [sys.executable, __file__, str(folder), *what]
         workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
 
@@ -958,69 +960,26 @@ def join_ranks(workers: list[subprocess.Popen[str]]) -> None:
         assert p.returncode == 0, out
 
 
-@pytest.mark.parametrize("what", ["fsdp2", "fsdp2-adapter"])
-def test_fsdp2_gives_the_numbers_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]], what: str) -> None:
-    # weights, the tied head's among them, spread over two ranks; each rank runs two of the four groups
-    start_ranks(workers, what, tmp_path)
-    model, layout = sharded_model(what)
-    means = [response_logps(model, collate(GROUPS[r::2], layout=layout, pad=PAD))[0] for r in range(2)]
-    torch.cat(means).sum().backward()
-    join_ranks(workers)
-    for r in range(2):
-        found = load_file(tmp_path / f"rank{r}.safetensors")
-        assert torch.allclose(found["logps"], means[r].detach(), rtol=1e-6)
-        there = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
-        assert gap(found["gradient"], there) < 1e-6
-
-
-def sharded_model(what: str) -> tuple[Any, Layout]:
-    model: Any = llama(tie_word_embeddings=True)
-    layout = prepare(model)
-    if what == "fsdp2-adapter":
-        torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
-        fuse_adapters(model)
-    return model, layout
-
-
-def fsdp2_worker(folder: Path, what: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    torch.distributed.init_process_group("gloo")
-    rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
-    model, layout = sharded_model(what)
-    for layer in (model if what == "fsdp2" else model.get_base_model()).model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    means, _ = response_logps(model, collate(GROUPS[rank::2], layout=layout, pad=PAD))
-    means.sum().backward()
-    whole = torch.cat([p.grad.full_tensor().reshape(-1) for p in model.parameters() if p.requires_grad]) * 2  # FSDP averages over ranks
-    save_file({"logps": means.detach(), "gradient": whole}, folder / f"rank{rank}.safetensors")
-    del model, means
-    gc.collect()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("what", ["trainer", "trainer-adapter"])
-def test_the_trainer_with_fsdp2_gives_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]], what: str) -> None:
+def test_the_trainer_with_fsdp2_gives_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
     """By accelerate, as with configs/accelerate/fsdp2.yaml; only its refusal of CPUs is talked past."""
-    start_ranks(workers, what, tmp_path)
-    model = llama(tie_word_embeddings=True)
-    alone = trainer_for(tmp_path / "alone", model, EIGHT, per_device_train_batch_size=4, peft_config=of_trainer(what), **ddp_settings())
-    alone.train()
-    alone.save_model(str(tmp_path / "alone"))
-    held_out = alone.evaluate(GROUPS[:3])["eval_loss"]
+    start_ranks(workers, tmp_path, "trainer", "trainer-adapter")
     join_ranks(workers)
-    name = "adapter_model.safetensors" if of_trainer(what) else "model.safetensors"
-    here, there = (load_file(tmp_path / folder / name) for folder in ("alone", "two"))
-    assert here.keys() == there.keys() - {"lm_head.weight"}  # tied: it is written twice, and the same
-    assert "lm_head.weight" not in there or torch.equal(there["lm_head.weight"], there["model.embed_tokens.weight"])
-    assert max(gap(there[k], here[k]) for k in here) < 1e-5
-    for r in "01":
-        found = json.loads((tmp_path / f"found{r}.json").read_text())
-        assert found["losses"] == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-5)
-        assert found["held_out"] == pytest.approx(held_out, rel=1e-4)
+    for what in ("trainer", "trainer-adapter"):
+        folder, own = tmp_path / what, of_trainer(what)
+        model = llama(tie_word_embeddings=True)
+        alone = trainer_for(folder / "alone", model, EIGHT, per_device_train_batch_size=4, peft_config=own, **ddp_settings())
+        alone.train()
+        alone.save_model(str(folder / "alone"))
+        held_out = alone.evaluate(GROUPS[:3])["eval_loss"]
+        name = "adapter_model.safetensors" if own else "model.safetensors"
+        here, there = (load_file(folder / which / name) for which in ("alone", "two"))
+        assert here.keys() == there.keys() - {"lm_head.weight"}  # tied: it is written twice, and the same
+        assert "lm_head.weight" not in there or torch.equal(there["lm_head.weight"], there["model.embed_tokens.weight"])
+        assert max(gap(there[k], here[k]) for k in here) < 1e-5
+        for r in "01":
+            found = json.loads((folder / f"found{r}.json").read_text())
+            assert found["losses"] == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-5)
+            assert found["held_out"] == pytest.approx(held_out, rel=1e-4)
 
 
 def of_trainer(what: str) -> LoraConfig | None:
@@ -1045,29 +1004,31 @@ def fsdp2_trainer_worker(folder: Path, what: str) -> None:
     trainer.save_model(str(folder / "two"))
     del trainer
     gc.collect()
-    torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("what", ["ddp", "ddp-drop"])
-def test_two_ranks_give_the_weights_of_one(tmp_path: Path, workers: list[subprocess.Popen[str]], what: str) -> None:
+def test_two_ranks_give_the_weights_of_one_and_stop_together(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
     # a step of four prompts: two ranks with two micro-batches of one, against one rank with one of four; five prompts, one of them left out
-    start_ranks(workers, what, tmp_path)
-    model = llama()
-    alone = trainer_for(tmp_path / "alone", model, of_ranks(what), per_device_train_batch_size=4, **ddp_settings(what))
-    alone.train()
-    held_out = alone.evaluate(GROUPS[:3])
+    start_ranks(workers, tmp_path, "ddp", "ddp-drop", "poisoned")
     join_ranks(workers)
-    for r in "01":  # three prompts do not share evenly
-        found = json.loads((tmp_path / f"evaluated{r}.json").read_text())
-        assert {k: v for k, v in found.items() if "_per_second" not in k and "runtime" not in k} == pytest.approx(
-            {k: v for k, v in held_out.items() if k in found and "_per_second" not in k and "runtime" not in k}, rel=1e-4
-        )
-    together = [load_file(tmp_path / f"rank{r}.safetensors")["weights"] for r in "01"]
-    assert torch.equal(together[0], together[1])
-    assert gap(weights(model), weights(llama())) > 1e-3  # it moved
-    assert gap(together[0], weights(model)) < 1e-5
-    losses = json.loads((tmp_path / "losses.json").read_text())
-    assert losses == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-5)
+    for what in ("ddp", "ddp-drop"):
+        folder, model = tmp_path / what, llama()
+        alone = trainer_for(folder / "alone", model, of_ranks(what), per_device_train_batch_size=4, **ddp_settings(what))
+        alone.train()
+        held_out = without_times(alone.evaluate(GROUPS[:3]))
+        for r in "01":  # three prompts do not share evenly
+            assert without_times(json.loads((folder / f"evaluated{r}.json").read_text())) == pytest.approx(held_out, rel=1e-4)
+        together = [load_file(folder / f"rank{r}.safetensors")["weights"] for r in "01"]
+        assert torch.equal(together[0], together[1])
+        assert gap(weights(model), weights(llama())) > 1e-3  # it moved
+        assert gap(together[0], weights(model)) < 1e-5
+        losses = json.loads((folder / "losses.json").read_text())
+        assert losses == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-5)
+    # a loss that one of them finds not finite ends both
+    assert [(tmp_path / "poisoned" / f"said{r}").read_text() for r in "01"] == ["loss is inf at step 1, in rows poisoned"] * 2
+
+
+def without_times(metrics: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if "_per_second" not in k and "runtime" not in k}
 
 
 def of_ranks(what: str) -> list[TrainingGroup]:
@@ -1088,14 +1049,6 @@ def ddp_worker(folder: Path, what: str) -> None:
     # DDP's reducer must not hold the group last: it is freed with the interpreter locked and waits for threads that want that lock
     del trainer, model
     gc.collect()
-    torch.distributed.destroy_process_group()
-
-
-def test_all_ranks_stop_at_a_loss_that_one_of_them_finds_not_finite(tmp_path: Path, workers: list[subprocess.Popen[str]]) -> None:
-    start_ranks(workers, "poisoned", tmp_path)
-    join_ranks(workers)
-    said = [(tmp_path / f"said{r}").read_text() for r in "01"]
-    assert said == ["loss is inf at step 1, in rows poisoned"] * 2
 
 
 def poisoned_worker(folder: Path) -> None:
@@ -1112,16 +1065,15 @@ def poisoned_worker(folder: Path) -> None:
     assert torch.equal(weights(model), before)
     del trainer, model, e
     gc.collect()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    if what.startswith("fsdp2"):
-        fsdp2_worker(folder, what)
-    elif what.startswith("ddp"):
-        ddp_worker(folder, what)
-    elif what.startswith("trainer"):
-        fsdp2_trainer_worker(folder, what)
-    else:
-        poisoned_worker(folder)
+    for what in sys.argv[2:]:
+        folder = Path(sys.argv[1], what)
+        if what.startswith("ddp"):
+            ddp_worker(folder, what)
+        elif what.startswith("trainer"):
+            fsdp2_trainer_worker(folder, what)
+        else:
+            poisoned_worker(folder)
+    torch.distributed.destroy_process_group()
