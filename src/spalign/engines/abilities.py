@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spalign.engines.base import EngineFailed
-from spalign.engines.endpoint import CHAT, TEXT, UNSUPPORTED, Endpoint, Job, Refused
+from spalign.engines.endpoint import CHAT, TEXT, Endpoint
+from spalign.engines.failures import UNSUPPORTED, Job, Refused
 from spalign.engines.replies import Reply
 from spalign.engines.tokens import ChatTokens
 from spalign.errors import EngineError
@@ -43,7 +44,7 @@ def probe(endpoint: Endpoint, model: str, tokens: ChatTokens | None) -> Abilitie
     What could not be found out is a warning of the log `spalign`.
     """
     listed = endpoint.models()
-    endpoint.served = tuple(m.id for m in listed.data) if listed else ()
+    endpoint.words.served = tuple(m.id for m in listed.data) if listed else ()
     window = next((m.max_model_len for m in listed.data if m.id == model), None) if listed else None
     reply, limit, seeds, chat_top = _probe_chat(endpoint, model)
     _check_name(endpoint, model, reply)
@@ -61,14 +62,14 @@ def probe(endpoint: Endpoint, model: str, tokens: ChatTokens | None) -> Abilitie
 
 def _check_name(endpoint: Endpoint, model: str, reply: Reply) -> None:
     """Raises EngineError where the server has one model, of another name; some that list several take more names than they list."""
-    names = {name.removesuffix(":latest") for name in endpoint.served}
+    names = {name.removesuffix(":latest") for name in endpoint.words.served}
     called = model.removesuffix(":latest")  # Ollama's way
     if names and called not in names:
         if len(names) == 1 and "*" not in min(names):
-            raise EngineError(f"{endpoint.url} has no model '{model}', though it answers", hint=endpoint.other_name())
+            raise EngineError(f"{endpoint.url} has no model '{model}', though it answers", hint=endpoint.words.other_name())
         _note(f"{endpoint.url} answers as '{model}', which is not among the {len(names)} models that it lists")
     if reply.model and reply.model.removesuffix(":latest") != called:
-        _note(f"{endpoint.url} says that '{model}' is '{endpoint.shown(reply.model)}'")
+        _note(f"{endpoint.url} says that '{model}' is '{endpoint.words.shown(reply.model)}'")
 
 
 def _note(text: str) -> None:

@@ -11,49 +11,26 @@ import contextlib
 import importlib.util
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Semaphore, Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
 from spalign.config import EngineConfig
 from spalign.engines.base import EngineFailed
-from spalign.engines.replies import Models, Reply, told, why_none
+from spalign.engines.failures import UNSUPPORTED, Job, Refused, Words
+from spalign.engines.replies import Models, Reply, why_none
 from spalign.errors import EngineError
-from spalign.text import one_line, printable, shorten
 
 CHAT, TEXT, MODELS = "/chat/completions", "/completions", "/models"
-UNSUPPORTED = frozenset({400, 403, 404, 405, 415, 422, 501})
-"""Statuses by which servers say that they do not know a path or a parameter."""
 LARGEST = 64 << 20
 """Bytes that a reply may have; the log-probabilities of a prompt of 100,000 tokens are about 16 MB."""
 CONNECT = 10.0
 """Seconds in which a server must take a connection, however long its answers may take."""
 _TURN = 0.02
 """Seconds after which a call that has no slot looks for one again."""
-_PROXIES = frozenset({"ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"})
-_CERTIFICATES = frozenset({"SSL_CERT_FILE", "SSL_CERT_DIR"})
-_SETTINGS = _PROXIES | {"OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"}
-"""Environment variables that the client reads; proxies hold passwords, so no value is shown."""
-_TOO_LONG = ("context length", "context_length", "context window", "context size", "exceeds the available context", "maximum model length")
-
-
-class Job(NamedTuple):
-    """A request. what: how an error names it."""
-
-    path: str
-    body: dict[str, Any]
-    what: str = "a question"
-
-
-class Refused(EngineFailed):
-    """The server understood the request and said no; `status` as in HTTP. too_long: because it exceeds the model's window."""
-
-    def __init__(self, message: str, status: int, *, too_long: bool = False, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.status, self.too_long = status, too_long
 
 
 class Endpoint:
@@ -64,7 +41,7 @@ class Endpoint:
             raise EngineError("engine.kind openai needs the package openai", hint="pip install 'spalign[openai]'")
         self._config = config
         self.url = str(config.base_url)
-        self.served: tuple[str, ...] = ()
+        self.words = Words(config)
         self._answering: dict[str, str] = {}
         self._slots = Semaphore(config.concurrency)
         self._under_way: set[Callable[[], object]] = set()
@@ -112,9 +89,9 @@ class Endpoint:
         """Raises EngineFailed where another model answers than before."""
         reply = Reply.model_validate_json(content)
         if reply.model and (first := self._answering.setdefault(job.path, reply.model)) != reply.model:
-            asked = self.shown(str(job.body["model"]))
+            asked = self.words.shown(str(job.body["model"]))
             raise EngineFailed(
-                f"{self.url}: first '{self.shown(first)}' answered for '{asked}', and now '{self.shown(reply.model)}'",
+                f"{self.url}: first '{self.words.shown(first)}' answered for '{asked}', and now '{self.words.shown(reply.model)}'",
                 hint="name one model, not a router or an alias that moves",
             )
         return reply
@@ -196,14 +173,14 @@ class Endpoint:
                 timeout=openai.Timeout(own.timeout, connect=min(own.timeout, CONNECT)),
             )
         except Exception as e:  # whatever the settings that it reads make of it
-            raise self._unsettled(e) from None
+            raise self.words.unsettled(e) from None
 
     async def _check(self, response: Any) -> None:
         """Called by the transport with every response: one that is none becomes a lost connection, which the client retries."""
         import httpx2
 
         if (named := response.headers.get("x-request-id")) is not None:  # the client's debug log shows it as it came
-            response.headers["x-request-id"] = self.without_key(named)
+            response.headers["x-request-id"] = self.words.without_key(named)
         if response.headers.get("content-encoding", "").lower() not in ("", "identity"):  # a few bytes may stand for gigabytes
             raise httpx2.RemoteProtocolError("it is compressed, which was not asked for", request=response.request)
         response.stream = _capped(response)
@@ -226,116 +203,12 @@ class Endpoint:
             else:
                 response = await client.post(job.path, body=job.body, cast_to=httpx2.Response)
         except openai.APIStatusError as e:
-            raise self._refused(e, job) from None
+            raise self.words.refused(e, job) from None
         except openai.APIConnectionError as e:
-            raise self._lost(e, job) from None
+            raise self.words.lost(e, job) from None
         except Exception as e:  # what the client reads is used only now, or a server redirects to an address that is none
-            raise self._unsettled(e) from None
+            raise self.words.unsettled(e) from None
         return bytes(response.content)
-
-    def _unsettled(self, error: Exception) -> EngineFailed:
-        why, names = type(error).__name__, _SETTINGS
-        if isinstance(error, ImportError):  # what a proxy's kind needs
-            why = str(error)
-        elif isinstance(error, OSError):
-            why, names = error.strerror or why, _CERTIFICATES
-        return EngineFailed(
-            f"{self.url}: no request can be made with these settings ({one_line(why)})", hint=f"mend base_url{_or_those_set(names)}"
-        )
-
-    def _lost(self, error: Any, job: Job) -> EngineFailed:
-        """After the last try: no connection, silence, or a reply that is none."""
-        import httpx2
-        import openai
-
-        cause = error.__cause__
-        at, tried = self._at(getattr(cause, "request", error.request), job), _times(_tries(error))
-        if isinstance(error, openai.APITimeoutError) and not isinstance(cause, httpx2.ConnectTimeout):
-            return EngineFailed(
-                f"{at}: no reply within {self._config.timeout:g} s, {tried}, to {job.what}",
-                hint="raise engine.timeout or lower engine.concurrency",
-            )
-        if isinstance(cause, httpx2.RemoteProtocolError | httpx2.TooManyRedirects):
-            return EngineFailed(
-                f"{at}: no usable reply, {tried}, to {job.what}: {self.shown(str(cause))}",
-                hint="see the server's log, and whether it speaks the OpenAI protocol at this address",
-            )
-        why = "it does not answer" if isinstance(cause, httpx2.ConnectTimeout) else self.shown(_innermost(cause))
-        return EngineFailed(f"{at}: no connection, {tried} ({why})", hint=f"start the server, or mend base_url{_or_those_set(_PROXIES)}")
-
-    def _at(self, request: Any, job: Job) -> str:
-        """The address, and where it redirects to: of that no more than the host, which holds no secret."""
-        import httpx2
-
-        if request.url == httpx2.URL(self.url + job.path):
-            return self.url
-        return f"{self.url}, which redirects to {request.url.scheme}://{self.shown(request.url.netloc.decode())}"
-
-    def _refused(self, error: Any, job: Job) -> Refused:
-        own, status, said = self._config, error.status_code, self._line(error)
-        at, tried = self._at(error.request, job), _times(_tries(error))
-        model = self.shown(str(job.body.get("model", "")))
-        if status in (401, 403):  # what it says may hold the key
-            has = "does not accept the key in" if os.environ.get(own.api_key_env) else "wants a key, and there is none in"
-            return Refused(f"{at} {has} {own.api_key_env} ({status})", status, hint=f"export {own.api_key_env}=...")
-        if status == 404:
-            return Refused(f"{at} has no model '{model}' at {job.path} (404): {said}", status, hint=self.other_name())
-        if status == 429:
-            hint = f"{self._later(error) or 'lower engine.concurrency, raise engine.max_retries'}, or see your quota"
-            return Refused(f"{at}: too many requests (429), {tried}: {said}", status, hint=hint)
-        if status >= 500 and status not in UNSUPPORTED:
-            return Refused(f"{at} failed ({status}), {tried}, on {job.what}: {said}", status, hint=self._later(error) or "see its log")
-        long = status in (400, 413, 422) and any(sign in said.lower() for sign in _TOO_LONG)
-        hint = "shorten it or drop it, or let the model write less" if long else "see whether the server takes such a request"
-        return Refused(f"{at} refused {job.what} ({status}): {said}", status, too_long=long, hint=hint)
-
-    def other_name(self) -> str:
-        """What to do where the server has no model of that name."""
-        names = f"it serves: {self.shown(', '.join(self.served[:8]))}" if self.served else "base_url usually ends in /v1"
-        return f"mend the name or base_url; {names}"
-
-    def _later(self, error: Any) -> str:
-        """When to ask again, where the server says so or let the client try less often than it may."""
-        if after := self.shown(error.response.headers.get("retry-after", "")):
-            return f"give the same command again {f'in {after} s' if after.isdecimal() else f'after {after}'}"
-        return "" if _tries(error) > self._config.max_retries else "give the same command again later: the server wants no other try now"
-
-    def _line(self, error: Any) -> str:
-        """What the server said, on a line."""
-        return self.shown(told(error.body) or "nothing more")
-
-    def shown(self, text: str) -> str:
-        return shorten(one_line(printable(self.without_key(text))), 300)
-
-    def without_key(self, text: str) -> str:
-        """What a server said, should it repeat the key."""
-        key = os.environ.get(self._config.api_key_env, "")
-        return text.replace(key, "[key]") if len(key) >= 8 else text
-
-
-def _innermost(error: BaseException) -> str:
-    """What the system said: unknown host, refused, a certificate that is none."""
-    said = type(error).__name__
-    inner: BaseException | None = error
-    while inner is not None:
-        said = str(inner) or said
-        inner = inner.exceptions[0] if isinstance(inner, BaseExceptionGroup) else inner.__cause__ or inner.__context__
-    return said
-
-
-def _or_those_set(names: Collection[str]) -> str:
-    """Which of these environment variables could be wrong; proxies also go by their names in lower case."""
-    found = sorted(n for n in os.environ if n.upper() in names)
-    return f", or what is wrong of {', '.join(found)}" if found else ""
-
-
-def _tries(error: Any) -> int:
-    """As the client counts them in the requests it sends."""
-    return int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
-
-
-def _times(tries: int) -> str:
-    return f"tried {tries} times" if tries > 1 else "tried once"
 
 
 def _capped(response: Any) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 from spalign.config import EngineConfig
 from spalign.engines.abilities import echo, echoed, probe
 from spalign.engines.base import Ask, Capability, Completion, GenerateRequest, NoTokenizer
-from spalign.engines.endpoint import CHAT, TEXT, Endpoint, Job
+from spalign.engines.endpoint import CHAT, TEXT, Endpoint
+from spalign.engines.failures import Job
 from spalign.engines.models import locate, resolve
 from spalign.engines.replies import Reply
 from spalign.engines.tokens import ChatTokens
@@ -82,7 +83,7 @@ class OpenAIEngine:
     def _completion(self, request: GenerateRequest, index: int, reply: Reply) -> Completion:
         """A server that writes on after the limit gives no finished answer: it could be longer than what training has room for."""
         finished = reply.choice.finish_reason == "stop"
-        text = self._endpoint.without_key(reply.choice.said).strip()
+        text = self._endpoint.words.without_key(reply.choice.said).strip()
         ids: list[int] = []
         if self.tokens:
             ids = self.tokens.response(text)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,94 +20,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    set_seed,
 )
 from transformers.trainer_utils import speed_metrics
 
 from spalign.errors import DataError
-from spalign.training.adapters import fuse_adapters
 from spalign.training.arguments import SPAConfig
-from spalign.training.batches import Layout, collate, prepare, response_logps, window_of, without_groups_after
-from spalign.training.dropout import without_dropout
-from spalign.training.groups import TrainingGroup, group_rows
-from spalign.training.head import the_head
+from spalign.training.batches import collate, response_logps, without_groups_after
+from spalign.training.groups import TrainingGroup
+from spalign.training.inputs import make_ready, read_groups
 from spalign.training.loss import dpo_loss, pair_weights, sft_loss, spa_loss
-from spalign.training.rows import RowTokens, encode_row
+from spalign.training.sums import StepTotals, counted, pair_metrics, pair_sums
 
-__all__ = ["SPAConfig", "SPATrainer", "StepTotals"]
+__all__ = ["SPAConfig", "SPATrainer"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepTotals:
-    """Over the whole optimiser step: all micro-batches and ranks."""
-
-    pairs: float
-    mean_gap: float
-    chosen_tokens: float
-    """Of distinct chosen responses."""
-    pair_tokens: float
-    """Of the pairs' chosen responses, one that stands in three pairs three times."""
-
-    @classmethod
-    def of(cls, sums: Sequence[float] | Tensor) -> StepTotals:
-        """From what `_counted` counts."""
-        pairs, gap, once, each = (float(x) for x in sums)
-        return cls(pairs, gap / pairs if gap > 0 else 1.0, once, each)
-
-
-def _groups(rows: Any, *, model: Any, args: SPAConfig, tokenizer: Any) -> tuple[list[TrainingGroup], dict[str, int]]:
-    """What is trained on, and how many rows were dropped for which reason."""
-    if isinstance(rows, Mapping):
-        raise DataError(f"the data is a mapping ({', '.join(map(str, rows))})", hint="give one split, or a list of rows")
-    rows = [] if rows is None else list(rows)
-    if not rows:
-        raise DataError("the training data is empty", hint="see the funnel for where the pairs went")
-    longest = min(args.max_length or 1 << 20, window_of(model.config))
-    if all(isinstance(r, TrainingGroup) for r in rows):
-        groups = [g for g in rows if len(g.prompt) + max(map(len, g.responses)) <= longest]
-        dropped = {"too long": len(rows) - len(groups)} if len(groups) < len(rows) else {}
-        for column, part in ((args.weight_column, "weight"), (args.margin_column, "margin")):
-            if column and any(getattr(p, part) is None for g in groups for p in g.pairs):
-                raise DataError(f"a group's pairs have no {part}", hint=f"give every TrainingPair one, or leave out {part}_column")
-    else:
-        tokens = RowTokens(tokenizer)
-        columns = {"weight_column": args.weight_column, "margin_column": args.margin_column}
-        encoded = (encode_row(row, i, tokens=tokens, **columns) for i, row in enumerate(rows))
-        groups, counts = group_rows(encoded, max_length=longest, needs_gap=args.weighs_by_gap)
-        dropped = dict(counts)
-    if not groups:
-        raise DataError(f"no pair is left to train on (dropped: {dropped})", hint="see the reasons; raise max_length for 'too long'")
-    vocabulary = model.config.get_text_config().vocab_size
-    for g in groups:
-        if max(map(max, (g.prompt, *g.responses))) >= vocabulary:
-            raise DataError(f"group {g.name}: a token id is beyond the model's {vocabulary} embeddings", hint="take the model's tokenizer")
-    return groups, dropped
-
-
-def _ready(model: Any, args: SPAConfig, peft_config: Any) -> tuple[Layout, Any]:
-    """The layout of batches, and the model, prepared for it, with its adapter."""
-    from peft import PeftModel, get_peft_model
-
-    if args.attention == "flex" and not getattr(model, "is_quantized", False):
-        model.to(args.device)  # where it is tried
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if args.disable_dropout:
-        without_dropout(base)
-    layout = prepare(base, args.attention)
-    if peft_config is not None:
-        if getattr(peft_config, "is_prompt_learning", False):
-            raise ValueError(f"{type(peft_config).__name__} puts tokens before every row; SPATrainer trains LoRA and DoRA adapters")
-        set_seed(args.seed)  # or the adapter's first weights would be another session's
-        model = get_peft_model(model, peft_config)
-    if isinstance(model, PeftModel):
-        fuse_adapters(model)
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()
-    if not isinstance(the_head(base), torch.nn.Linear):
-        logger.warning("spalign: an adapter is on the LM head: all logits of response tokens are made at once")
-    return layout, model
 
 
 class SPATrainer(Trainer):  # type: ignore[misc]
@@ -144,10 +70,10 @@ class SPATrainer(Trainer):  # type: ignore[misc]
             processing_class = AutoTokenizer.from_pretrained(name)
         self.train_dataset: list[TrainingGroup]
         self.eval_dataset: Any
-        self._read = partial(_groups, model=model, args=args, tokenizer=processing_class)
+        self._read = partial(read_groups, model=model, args=args, tokenizer=processing_class)
         groups, self.dropped = self._read(train_dataset)
         held_out = self._held_out(kwargs.pop("eval_dataset", None))
-        layout, model = _ready(model, args, peft_config)
+        layout, model = make_ready(model, args, peft_config)
         pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
         collator = partial(collate, layout=layout, pad=pad)
         super().__init__(
@@ -233,7 +159,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         began, ranks, rank = time.time(), self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
         batches = [self.data_collator(data[i : i + size]) for i in range(0, len(data), size)]
-        totals = StepTotals.of(_counted(batches))
+        totals = StepTotals.of(counted(batches))
         mine = [*batches[rank::ranks]]
         if len(mine) < -(-len(batches) // ranks):  # all ranks make as many passes
             mine.append(dict(batches[-1]))
@@ -243,9 +169,9 @@ class SPATrainer(Trainer):  # type: ignore[misc]
             for batch in map(self._prepare_inputs, mine):
                 logps, count = response_logps(model, batch)
                 loss = self._loss(logps, count, batch, totals)
-                sums += torch.cat([loss.detach().float().reshape(1), _pair_sums(logps, count, batch)])
+                sums += torch.cat([loss.detach().float().reshape(1), pair_sums(logps, count, batch)])
         loss, *pairs = self.accelerator.reduce(sums, reduction="sum").tolist()
-        found = {"loss": loss, **_pair_metrics(pairs)}
+        found = {"loss": loss, **pair_metrics(pairs)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=len(data), num_steps=len(batches))
         super().log(metrics)
@@ -262,7 +188,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         if self.accelerator.num_processes > 1:
             self._count_once(batches)
         self._not_finite.clear()
-        sums = self.accelerator.reduce(_counted(batches).float().to(device), reduction="sum").tolist()
+        sums = self.accelerator.reduce(counted(batches).float().to(device), reduction="sum").tolist()
         pairs, gap, *_ = sums
         if self.args.weighs_by_gap and batches and gap <= 0:  # Eq. 3 is 0/0 there: pairs of no weight
             logger.warning("spalign: all %d pairs of step %d have gap 0 and so no weight", pairs, self.state.global_step + 1)
@@ -293,7 +219,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
             if self.accelerator.num_processes == 1:
                 raise FloatingPointError(self._not_finite[0])  # of several ranks all must stop, at the end of the step
         with torch.no_grad():
-            self._metrics.append(_pair_sums(logps, count, inputs))
+            self._metrics.append(pair_sums(logps, count, inputs))
         # DDP averages gradients over ranks; the loss is already divided by what all ranks have
         loss = loss * self.accelerator.num_processes
         return (loss, {"logps": logps}) if return_outputs else loss
@@ -347,7 +273,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         """Adds accuracy, margin and log-probabilities of the pairs since the last log; also to the trackers."""
         if self._metrics:
             sums = self.accelerator.reduce(torch.stack(self._metrics).sum(0), reduction="sum").tolist()
-            logs = {**logs, **_pair_metrics(sums)}
+            logs = {**logs, **pair_metrics(sums)}
             self._metrics.clear()
         super().log(logs, start_time)
 
@@ -355,31 +281,6 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         """As transformers', without its pickled copy of the arguments: only safetensors and JSON are left behind."""
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
-
-
-def _counted(batches: Sequence[dict[str, Any]]) -> Tensor:
-    """(4,): pairs, their gaps, tokens of distinct chosen responses, tokens of the pairs' chosen responses."""
-    out = torch.zeros(4, dtype=torch.float64)
-    for b in batches:
-        count = torch.bincount(b["owner"])
-        once, each = count[b["chosen"].unique()].sum(), count[b["chosen"]].sum()
-        out += torch.tensor([len(b["gaps"]), b["gaps"].double().sum(), once, each], dtype=torch.float64)
-    return out
-
-
-def _pair_sums(logps: Tensor, count: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """(7,), what `_pair_metrics` makes means of."""
-    chosen, rejected = (logps[inputs[side]] for side in ("chosen", "rejected"))
-    tokens = (count[inputs[side]].sum().float() for side in ("chosen", "rejected"))
-    right = (chosen > rejected).sum().float()
-    pairs = torch.tensor(float(len(chosen)), device=logps.device)
-    return torch.stack([right, (chosen - rejected).sum(), chosen.sum(), rejected.sum(), *tokens, pairs])
-
-
-def _pair_metrics(sums: Sequence[float]) -> dict[str, float]:
-    names = ("pairs/accuracy", "pairs/margin", "logps/chosen", "logps/rejected", "length/chosen", "length/rejected")
-    *of_pairs, pairs = sums
-    return {name: value / pairs for name, value in zip(names, of_pairs, strict=True)}
 
 
 def _listed(names: Sequence[str]) -> str:
