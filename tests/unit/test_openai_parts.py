@@ -208,12 +208,12 @@ def test_the_key_is_held_by_nothing_that_is_printed_or_stored(monkeypatch: pytes
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1234")
     made = Endpoint(served())
     assert "sk-secret" not in repr(vars(made)) + repr(made) + repr(served()) + json.dumps(served().model_dump())
-    assert made.without_key("you sent sk-secret-1234, sk-secret-1234") == "you sent [key], [key]"
+    assert made.words.without_key("you sent sk-secret-1234, sk-secret-1234") == "you sent [key], [key]"
 
 
 def test_a_short_key_takes_no_word_out_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "test")
-    assert Endpoint(served()).without_key("a test") == "a test"
+    assert Endpoint(served()).words.without_key("a test") == "a test"
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
