@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from spalign.config.base import Part, PositiveInt
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The largest ranks of an adapter that vLLM can be told."""
 _ALIKE = {"dtype", "device", "trust_remote_code"}
 """What an engine's answers depend on, beside its kind."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from spalign.config import EngineConfig
+from spalign.config.engine import VLLM_RANKS
 from spalign.engines.base import Ask, Capability, Completion, GenerateRequest
 from spalign.engines.loading import device_of, inference_dtype, load_tokens
 from spalign.engines.models import resolve
@@ -28,7 +29,6 @@ from spalign.errors import ConfigError, EngineError
 _KV_GIB = 4.0  # for keys and values on a CPU
 _GPU_SHARE = {False: 0.9, True: 0.6}  # with hidden states the weights are there twice
 _BLOCK = 32  # tokens; what prompts share is reused in whole blocks, and vLLM's 128 on CPUs is longer than most of our prompts
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def check_vllm(config: EngineConfig) -> None:
@@ -174,9 +174,9 @@ def _lora(adapter: Path | None) -> dict[str, Any]:
     told = json.loads((adapter / "adapter_config.json").read_text())
     rank, modules = int(told["r"]), told["target_modules"]
     modules = sorted({str(m).rpartition(".")[2] for m in modules}) if isinstance(modules, list) else None  # else a pattern
-    taken = next((r for r in _RANKS if r >= rank), None)
+    taken = next((r for r in VLLM_RANKS if r >= rank), None)
     if taken is None:
-        raise EngineError(f"{adapter}: rank {rank} is more than vLLM takes ({_RANKS[-1]})", hint="set engine.kind=transformers")
+        raise EngineError(f"{adapter}: rank {rank} is more than vLLM takes ({VLLM_RANKS[-1]})", hint="set engine.kind=transformers")
     # the modules by name: else vLLM wraps the LM head too, and then fails where it weighs the tokens of several prompts
     return {"adapter": str(adapter), "enable_lora": True, "max_loras": 1, "max_lora_rank": taken, "lora_target_modules": modules}
 

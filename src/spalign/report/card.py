@@ -11,12 +11,11 @@ from typing import Any
 
 import yaml
 
+from spalign.config.engine import VLLM_RANKS
 from spalign.report import card_facts as facts
 from spalign.report.card_facts import escaped
 
 _DEMO_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank, from its default on."""
 
 
 def model_card(summary: Mapping[str, Any], *, adapter: bool = False, proposed: bool = False) -> str:
@@ -188,9 +187,9 @@ def _load(summary: Mapping[str, Any], adapter: bool) -> str:
         )
     lora = _lora(summary) or {}
     named = base or "path/to/its/base"
-    rank = next((r for r in _VLLM_RANKS if r >= int(lora.get("r", 16))), None)
+    rank = next((r for r in VLLM_RANKS if r >= max(16, int(lora.get("r", 16)))), None)  # 16 is its default
     if lora.get("dora") or rank is None:
-        what = "DoRA adapters" if lora.get("dora") else f"ranks above {_VLLM_RANKS[-1]}"
+        what = "DoRA adapters" if lora.get("dora") else f"ranks above {VLLM_RANKS[-1]}"
         serve = f"vLLM does not serve {what}: merge it first (`spalign merge ADAPTER OUT`)."
     else:
         serve = f"vLLM: `vllm serve {named} --enable-lora --max-lora-rank {rank} --lora-modules spa=ADAPTER`."
