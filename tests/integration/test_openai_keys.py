@@ -41,6 +41,25 @@ def test_a_server_that_sends_us_elsewhere_does_not_send_the_key_there(server: Mo
     assert not any(SECRET in v for v in headers.values())
 
 
+def test_no_key_is_sent_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with ModelServer(Scripted(lambda messages, seed: "hello"), names=("m",)) as running:
+        assert [c.text for c in engine(running).generate(ASK)] == ["hello"]
+        assert running.requests
+        assert not [headers for _, headers, _ in running.requests if "Authorization" in headers]
+
+
+@pytest.mark.parametrize("name", ["OPENAI_ORG_ID", "OPENAI_CUSTOM_HEADERS"])
+def test_a_setting_that_no_header_can_hold_is_named_without_its_value(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "org-s3cret\r" if name == "OPENAI_ORG_ID" else "X-Gateway: s3cret-\rvalue")
+    with pytest.raises(EngineFailed, match=r"no request can be made with these settings \(LocalProtocolError\)") as e:
+        list(engine(server).generate(ASK))
+    assert name in e.value.hint
+    assert "s3cret" not in str(e.value)
+
+
 @pytest.mark.parametrize("code", [200, 500])
 def test_the_client_s_debug_log_does_not_show_a_key_that_the_server_repeats(
     server: ModelServer, caplog: pytest.LogCaptureFixture, code: int

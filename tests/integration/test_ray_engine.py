@@ -277,7 +277,7 @@ def test_workers_that_find_no_room_are_an_error(pool: RayEngine, tiny_model: Pat
     more_than_there_is = 1.0 + pytest.importorskip("ray").cluster_resources()["CPU"]
     crowd = Pool(str(tiny_model), POOL.in_worker(), 2, {"num_cpus": more_than_there_is})
     with pytest.raises(EngineError, match="none of 2 workers could be had for 2 s: the cluster has no room, or others use it"):
-        next(crowd.ask("window", times=2))
+        next(crowd.ask("about", times=2))
     began = time.monotonic()
     crowd.close()
     assert time.monotonic() - began < 30

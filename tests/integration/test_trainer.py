@@ -998,6 +998,8 @@ def fsdp2_trainer_worker(folder: Path, what: str) -> None:
     trainer = SPATrainer(llama(tie_word_embeddings=True), args, EIGHT, tokenizer(), peft_config=of_trainer(what))
     assert trainer.is_fsdp_enabled
     assert trainer.accelerator.is_fsdp2
+    with pytest.raises(DataError, match="the weights are spread over devices when training begins, not before"):
+        trainer.evaluate(GROUPS[:3])
     trainer.train()
     found = {"losses": [e["loss"] for e in trainer.state.log_history if "loss" in e], "held_out": trainer.evaluate(GROUPS[:3])["eval_loss"]}
     (folder / f"found{os.environ['RANK']}.json").write_text(json.dumps(found))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,9 +39,12 @@ from test_trainer import (
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
 from spalign.engines.models import resolve
-from spalign.errors import DataError
+from spalign.errors import DataError, ModelError
 from spalign.training.batches import collate, prepare, response_logps, window_of
+from spalign.training.dropout import without_dropout
+from spalign.training.flex import check_dropout
 from spalign.training.groups import TrainingGroup, TrainingPair
+from spalign.training.sums import counted, counted_groups
 from spalign.training.trainer import SPAConfig, SPATrainer
 
 ROWS = [{"prompt": f"w{4 + i}", "chosen": f"w{10 + i} w7", "rejected": "w8", "gap": 1.0 + i, "id": f"r{i}"} for i in range(4)]
@@ -71,14 +77,19 @@ def test_splits_and_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> Non
         trainer_for(tmp_path, llama(), [beyond])
 
 
-def test_groups_are_checked_as_rows_are(tmp_path: Path) -> None:
+def test_groups_are_checked_as_rows_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     long = TrainingGroup((BOS,) * 120, ((5,) * 9, (6, EOS)), (TrainingPair(0, 1, 1.0),), "long")
-    trainer = trainer_for(tmp_path, llama(), [*GROUPS, long])
+    with caplog.at_level(logging.WARNING, logger="spalign"):
+        trainer = trainer_for(tmp_path, llama(), [*GROUPS, long])
+    assert caplog.messages == ["spalign: dropped 1 groups longer than 128 tokens"]
     assert trainer.train_dataset == GROUPS
     assert trainer.dropped == {"too long": 1}
     for column in ("weight", "margin"):
         with pytest.raises(DataError, match=f"a group's pairs have no {column}"):
             trainer_for(tmp_path, llama(), **{f"{column}_column": "x"})
+        given = [replace(g, pairs=tuple(replace(p, **{column: 2.0}) for p in g.pairs)) for g in GROUPS]  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=f"a group's pairs have a {column}, which only {column}_column makes count"):
+            trainer_for(tmp_path, llama(), given)
 
 
 def test_an_unused_gap_costs_no_row(tmp_path: Path) -> None:
@@ -262,6 +273,56 @@ def test_evaluation_is_eq3_over_the_held_out_pairs(tmp_path: Path, size: int) ->
     assert trainer.model.training
 
 
+def test_what_a_loss_divides_by_is_counted_alike_before_and_after_batches_are_made() -> None:
+    assert counted_groups(GROUPS).tolist() == counted(split(GROUPS, 2)).tolist()
+
+
+def test_an_evaluation_has_one_batch_in_memory(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, llama())
+    alive: list[weakref.ref[Any]] = []
+
+    def watched(groups: Any) -> Any:
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) <= 2  # the one that is replaced, and its tensors on the device
+        batch = own(groups)
+        alive.append(weakref.ref(batch["source"]))
+        return batch
+
+    own, trainer.data_collator = trainer.data_collator, watched
+    trainer.evaluate(GROUPS)
+    assert len(alive) == len(GROUPS)
+
+
+def test_an_evaluation_before_training_is_that_of_a_model_that_trains(tmp_path: Path) -> None:
+    """In bf16, too, where the weights are float32: the same products, and dpo's references are those of its first step."""
+    args = arguments(tmp_path, bf16=True, eval_strategy="steps", eval_steps=1, max_steps=1, learning_rate=0.0)
+    trainer = SPATrainer(llama(), args, EIGHT, tokenizer(), eval_dataset=GROUPS)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e] == [before]
+    exact = SPATrainer(llama(), arguments(tmp_path), EIGHT, tokenizer(), eval_dataset=GROUPS).evaluate()["eval_loss"]
+    assert exact != before
+    trainer = trainer_for(tmp_path, llama(), loss="dpo", beta=0.5, bf16=True, max_steps=1, per_device_train_batch_size=4)
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(math.log(2), abs=1e-6)]
+
+
+def test_an_evaluation_before_weights_are_spread_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, llama())
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(DataError, match=r"spread over devices when training begins, not before\n  fix: set eval_on_start=True"):
+        trainer.evaluate(GROUPS)
+
+
+def test_a_trainer_that_only_evaluates(tmp_path: Path) -> None:
+    trainer = SPATrainer(llama(), arguments(tmp_path), None, tokenizer(), eval_dataset=GROUPS)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(eq3(llama(), GROUPS).detach()), rel=1e-5)
+    with pytest.raises(DataError, match="there is nothing to train on"):
+        trainer.train()
+    with pytest.raises(DataError, match="the data is empty"):
+        trainer.evaluate([])
+
+
 @pytest.mark.parametrize("loss", ["spa", "dpo", "sft"])
 def test_evaluating_as_it_trains_and_keeping_the_best(tmp_path: Path, loss: str) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -287,8 +348,9 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
         trainer.evaluate()
     with pytest.raises(ValueError, match="SPATrainer predicts nothing"):
         trainer.predict(GROUPS)
-    with pytest.raises(ValueError, match="compute_metrics gets no predictions here"):
-        SPATrainer(llama(), arguments(tmp_path), GROUPS, tokenizer(), compute_metrics=len)
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=f"{name} is never called"):
+            SPATrainer(llama(), arguments(tmp_path), GROUPS, tokenizer(), **{name: len})
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -307,6 +369,8 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: its noise depends on what else is in a row"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy group_by_length: rows are packed"),
         ({"use_liger_kernel": True}, "use_liger_kernel would replace the forward pass"),
+        ({"bf16_full_eval": True}, "an evaluation is in the precision of training"),
+        ({"fp16": True, "use_cpu": False}, "fp16: its gradients overflow by design"),
     ],
 )
 def test_options_that_do_nothing_or_change_the_numbers_are_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
@@ -324,6 +388,55 @@ def test_what_several_processes_cannot_count_is_refused(tmp_path: Path, monkeypa
         arguments(tmp_path, ignore_data_skip=True)
 
 
+def test_a_process_trains_on_one_gpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers would cut the batch along its first dimension and have several GPUs read it, each a part: a row of several prompts."""
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with caplog.at_level(logging.WARNING, logger="spalign"):
+        trainer = SPATrainer(llama(), args, GROUPS, tokenizer())
+    assert trainer.args.n_gpu == 1
+    assert trainer._wrap_model(trainer.model) is trainer.model
+    assert "this process trains on one; on all: accelerate launch" in caplog.text
+
+
+def test_numbers_reach_the_device_as_they_are(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, llama())
+    trainer.is_deepspeed_enabled = True  # transformers rounds to its precision
+    batch = trainer._prepare_inputs({"references": torch.tensor([-301.3]), "nested": {"gaps": [torch.tensor([0.3])]}, "names": ["a"]})
+    assert batch["references"].dtype == batch["nested"]["gaps"][0].dtype == torch.float32
+    assert batch["names"] == ["a"]
+
+
+def test_prompts_that_fill_an_epoch_up_are_counted_by_the_batch_size_in_use(tmp_path: Path) -> None:
+    """As accelerate's search for one that fits into memory leaves it. Two ranks, eight prompts, three at a time: in the second round the
+    second rank has only prompts that were there before."""
+    trainer = trainer_for(tmp_path, llama(), EIGHT, per_device_train_batch_size=4)
+    assert len(trainer.train_dataset) == 8
+    trainer._train_batch_size = 3
+    trainer.accelerator = SimpleNamespace(num_processes=2, process_index=1)
+    trainer.state.global_step = 1
+    batch = collate(trainer.train_dataset[:3], layout="packed", pad=PAD)
+    trainer._count_once([batch])
+    assert batch["names"] == []
+
+
+def test_a_log_of_one_process_waits_for_no_other(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, llama())
+    trainer._metrics = [torch.arange(1.0, 8.0)]
+    trainer.log({"mine": 1.0})
+    assert "pairs/accuracy" not in trainer.state.log_history[-1]
+    trainer.log({"loss": 1.0})
+    assert "pairs/accuracy" in trainer.state.log_history[-1]
+
+
+def test_flex_attention_looks_at_dropout_as_it_is_set() -> None:
+    model = llama(attention_dropout=0.1)
+    with pytest.raises(ModelError, match=r"the model has attention dropout \(0.1\)"):
+        check_dropout(model)
+    without_dropout(model)
+    check_dropout(model)
+
+
 def test_what_is_no_argument_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="args must be an SPAConfig; got TrainingArguments"):
         SPATrainer(llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True), GROUPS, tokenizer())  # type: ignore[arg-type]
@@ -331,3 +444,5 @@ def test_what_is_no_argument_of_ours_is_refused(tmp_path: Path) -> None:
         SPATrainer(llama(), arguments(tmp_path), GROUPS)
     with pytest.raises(ValueError, match="PrefixTuningConfig puts tokens before every row"):
         trainer_for(tmp_path, llama(), peft_config=PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="PrefixTuningConfig puts tokens before every row"):
+        trainer_for(tmp_path, get_peft_model(llama(), PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)))

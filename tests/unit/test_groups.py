@@ -42,8 +42,8 @@ class Lengths(RowTokens):
     def after_text(self, text: str) -> list[int]:
         return [len(text), 9]
 
-    def after_chat(self, text: str, turns: list[Any], options: Mapping[str, Any]) -> list[int]:
-        return [len(text), 9]
+    def after_chat(self, turn: Mapping[str, Any], turns: list[Any], options: Mapping[str, Any]) -> list[int]:
+        return [len(turn["content"]), 9]
 
 
 def encoded(value: Any, index: int = 0) -> EncodedRow:

@@ -110,6 +110,23 @@ def test_a_line_that_changed_is_left_out_and_counted(tmp_path, old, new):
     assert held(tmp_path / "j") == ({"b": TEXT["b"]}, 1)
 
 
+def test_a_damaged_line_counts_once_however_often_the_journal_is_opened(tmp_path):
+    for key in "abc":
+        journal = Journal(tmp_path / "j")
+        journal.append(key, {"text": key})
+        journal.close()
+    data = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(data.replace(b'"text":"b"', b'"text":"B"'))
+    healed = []
+    for _ in range(3):
+        journal = Journal(tmp_path / "j")
+        journal.close()
+        healed.append(journal.healed)
+        assert [bool(journal.get(key)) for key in "abc"] == [True, False, True]
+    assert healed == [1, 0, 0]
+    assert (tmp_path / "j").read_bytes() == b"".join(line for line in data.splitlines(keepends=True) if b'"b"' not in line)
+
+
 def test_lines_of_an_earlier_version_have_no_checksum_and_count(tmp_path):
     (tmp_path / "j").write_bytes(b'{"key":"a","text":"plain","token_ids":[1],"finished":true}\n')
     fill(tmp_path / "j", "b")

@@ -16,7 +16,7 @@ from spalign.engines.base import NoTokenizer, count_tokens
 from spalign.engines.endpoint import Endpoint
 from spalign.engines.make import identify, weights_of
 from spalign.engines.openai import _SPECIAL, _chosen
-from spalign.engines.replies import Logprobs, Reply
+from spalign.engines.replies import Logprobs, Models, Reply
 from spalign.errors import ConfigError, EngineError, ModelError
 from spalign.types import Message
 
@@ -144,6 +144,31 @@ def test_what_is_no_reply_is_not_read_as_one(body: str) -> None:
 @pytest.mark.parametrize("reason", ["length", "content_filter"])
 def test_an_answer_that_was_cut_off_before_it_began_is_empty(reason: str) -> None:
     assert reply(message={"content": None}, finish_reason=reason).choice.said == ""
+
+
+@pytest.mark.parametrize(
+    ("reason", "finished"),
+    [("stop", True), ("eos", True), ("eos_token", True), ("length", False), ("content_filter", False), (None, False), ("abort", None)],
+)
+def test_a_finished_answer_goes_by_several_words(reason: str | None, finished: bool | None) -> None:
+    assert reply(message={"content": "x"}, finish_reason=reason).choice.finished is finished
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ('{"object": "list", "data": [{"id": "a", "max_model_len": 9}]}', ["a"]),
+        ('[{"id": "a"}, {"id": "b", "type": "chat"}]', ["a", "b"]),
+        ('{"data": []}', []),
+        ('{"data": [{"name": "a"}, "b", {"id": 5}]}', []),
+        ('{"data": null}', None),
+        ('{"models": []}', None),
+        ("5", None),
+    ],
+)
+def test_what_a_server_serves_is_read_in_any_shape_or_not_at_all(body: str, names: list[str] | None) -> None:
+    said = Models.model_validate_json(body).data
+    assert (None if said is None else [m.id for m in said]) == names
 
 
 def test_alternatives_are_read_in_the_three_ways_that_servers_write_them() -> None:

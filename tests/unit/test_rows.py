@@ -91,6 +91,40 @@ def test_options_go_to_the_template() -> None:
         assert sides({**ROW, "tools": tools}, template)[0][:2] == (41, 3)
 
 
+CALLS = "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content or '' }}"
+CALLS += "{% for c in m.tool_calls or [] %}{{ ' ' + c.name }}{% endfor %}<end> \n " + OPEN
+LOOK = [{"role": "assistant", "content": "w11", "tool_calls": [{"name": "w40"}]}]
+
+
+def test_calls_of_tools_are_part_of_an_answer() -> None:
+    silent = [{"role": "assistant", "content": None, "tool_calls": [{"name": "w40"}]}]
+    assert sides({**ROW, "chosen": LOOK, "rejected": silent}, CALLS)[1:] == ((11, 40, 2), (40, 2))
+    arrow = [{"role": "assistant", "content": "w11", "tool_calls": None}]  # a column that other rows fill
+    assert sides({**ROW, "chosen": arrow, "rejected": LOOK}, CALLS)[1:] == ((11, 2), (11, 40, 2))
+    asked = [*chat("w10"), *silent, {"role": "user", "content": "w12"}]
+    assert sides({**ROW, "prompt": asked}, CALLS)[0] == (3, 10, 2, 5, 4, 40, 2, 5, 3, 12, 2, 5, 4)
+
+
+def test_calls_of_tools_that_a_template_writes_in_a_way_of_its_own_are_refused() -> None:
+    thinks = CALLS.replace("%}<bot> {%", "%}<bot> <think> {%")
+    with pytest.raises(DataError, match="row 7: the template writes a turn with tool_calls in a way of its own"):
+        sides({**ROW, "chosen": LOOK}, thinks)
+    with pytest.raises(DataError, match="row 7: a completion is more than text"):
+        sides({**ROW, "prompt": "w10", "chosen": LOOK}, CALLS)
+
+
+def test_parts_that_are_given_as_ids_are_taken_as_they_are() -> None:
+    assert sides({"prompt": "w10", "chosen_ids": [30], "rejected_ids": [31]}) == ((0, 10), (30,), (31,))
+    assert sides({"prompt": chat("w10"), "chosen_ids": [30], "rejected": answer("w13")}) == ((3, 10, 2, 5, 4), (30,), (13, 2))
+    # what both begin with alike is no prompt where there is one
+    alike = {"chosen": "w10 w11", "rejected": "w10 w12"}
+    assert sides({"prompt_ids": [9], **alike}) == ((9,), (10, 11, 1), (10, 12, 1))
+    with pytest.raises(DataError, match="row 7 has prompt_ids and turns"):
+        sides({"prompt_ids": [9], "chosen": answer("w11"), "rejected": answer("w12")})
+    with pytest.raises(DataError, match="row 7 has no rejected"):
+        sides({"prompt_ids": [9], "chosen": "w11"})
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -129,6 +163,8 @@ def test_an_id_of_zero_is_a_name() -> None:
         ({"chosen": [*chat("w10"), *answer("w11")]}, "row 7: a completion must be a string or one assistant turn"),
         ({"chosen": answer(None)}, "row 7: a completion must be a string or one assistant turn"),  # type: ignore[arg-type]
         ({"rejected": None}, "row 7 has no rejected"),
+        ({"tools": "{"}, "row 7: the chat template refused it"),
+        ({"chat_template_kwargs": "loud"}, "row 7: the chat template refused it"),
         ({"prompt": [{"role": "system", "content": "w10"}]}, "row 7: the chat template refused it: no system turns"),
     ],
 )

@@ -13,12 +13,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spalign.errors import RunFolderError
+from spalign.files import move_folder
 from spalign.store import (
     RunFolder,
     Stage,
@@ -200,7 +202,7 @@ def test_other_errors_stay_what_they_are(error):
 
 
 def test_where_there_are_no_links_a_copy_is_whole_or_not_there(tmp_path, monkeypatch):
-    from spalign.store import files
+    from spalign import files
 
     def other_disk(self, target):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
@@ -250,7 +252,8 @@ def test_the_manifest_names_every_part_with_its_sha256(tmp_path):
 
 def test_the_manifest_is_written_last(tmp_path, monkeypatch):
     written = []
-    from spalign.store import files, stages
+    from spalign import files
+    from spalign.store import stages
 
     real = write_atomic
     for module in (files, stages):
@@ -711,5 +714,77 @@ def test_a_finished_stage_of_the_same_inputs_is_taken_from_another_run(tmp_path:
     mine.write_part(0, [{"x": 2}])  # a new file under the name: theirs stays
     assert list(theirs.rows()) == [{"x": 1}]
     assert len((tmp_path / "a/1/parts.sha256").read_text().splitlines()) == 1
+    taken = Stage(tmp_path / "d/1", {"n": 1})
+    assert taken.take_from(tmp_path / "a/1")
+    (tmp_path / "d/1/manifest.json").unlink()  # as what is damaged is mended
+    with (tmp_path / "d/1/part-00000.jsonl").open("r+b") as f:
+        f.write(b'{"x":7}')  # one file under both names
+    with pytest.raises(RunFolderError, match="damaged: it is not what was written"):
+        run_in_parts(Stage(tmp_path / "d/1", {"n": 1}), [1], 1, double)
+    said: list[str] = []
+    assert not Stage(tmp_path / "e/1", {"n": 1}, said.append).take_from(tmp_path / "a/1")
+    assert said == [f"{tmp_path}/a/1: not taken: part-00000.jsonl changed since it was written"]
     (tmp_path / "a/1/model").mkdir()
     assert not Stage(tmp_path / "c/1", {"n": 1}).take_from(tmp_path / "a/1")  # what was trained stays where it is
+
+
+def test_what_was_made_from_rows_that_were_made_again_is_named_and_that_part_alone_is_done_again(tmp_path: Path) -> None:
+    source = stage_at(tmp_path)
+
+    def over() -> Stage:
+        return Stage(tmp_path / "2-evaluate", {"from": source.digest}, made_from=(source,))
+
+    def goes_on(seen: list[Any]) -> dict[str, Any]:
+        over().check_sources()
+        return run_over_parts(over(), source, decode_row, lambda items: (seen.extend(i["n"] for i in items), list(items))[1])
+
+    run_in_parts(source, [1, 2, 3], 1, double)
+    goes_on([])
+    goes_on(seen := [])
+    assert seen == []
+    for name in ("part-00001.jsonl", "manifest.json"):
+        (source.folder / name).unlink()
+    run_in_parts(source, [1, 2, 3], 1, double)
+    goes_on(seen)  # made again as it was: nothing to say
+    for name in ("part-00001.jsonl", "manifest.json"):
+        (source.folder / name).unlink()
+    run_in_parts(source, [1, 2, 3], 1, lambda items: [{"n": 100 + i} for i in items])
+    with pytest.raises(RunFolderError, match=r"2-evaluate: it was made from part-00001\.jsonl of .*1-sample as they were") as e:
+        goes_on(seen)
+    assert "remove the parts of these numbers there, and manifest.json" in e.value.hint
+    assert not Stage(tmp_path / "other", {"from": source.digest}, made_from=(source,)).take_from(tmp_path / "2-evaluate")
+    for name in ("part-00001.jsonl", "manifest.json"):
+        (over().folder / name).unlink()
+    goes_on(seen)
+    assert seen == [102]
+    assert [r["n"] for r in over().rows()] == [2, 102, 6]
+
+
+def test_a_part_made_again_counts_though_a_kill_came_before_its_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_at(tmp_path)
+    stage.begin()
+    stage.write_part(0, [{"n": 1}])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("spalign.store.stages.write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stage.write_part(0, [{"n": 2}])
+    for n in (1, 2):  # the old one is still there, or the new one is
+        stage.part(0).write_bytes(b'{"n":%d}\n' % n)
+        again = stage_at(tmp_path)
+        again.begin()
+        assert again.has_part(0, lambda: [0])
+        assert again.finish(items=1)["parts"] == {"part-00000.jsonl": hashlib.sha256(b'{"n":%d}\n' % n).hexdigest()}
+        (stage.folder / "manifest.json").unlink()
+
+
+def test_a_folder_has_its_new_name_when_all_in_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = tmp_path / "model.tmp"
+    (half / "more").mkdir(parents=True)
+    for name in ("weights", "more/config"):
+        (half / name).write_text("x")
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda f: (synced.append(str(Path(f"/proc/self/fd/{f}").readlink())), real(f))[1])
+    move_folder(half, tmp_path / "model")
+    assert sorted(synced[:-1]) == sorted(str(half / name) for name in (".", "more", "weights", "more/config"))
+    assert synced[-1] == str(tmp_path)
+    assert (tmp_path / "model/more/config").read_text() == "x"

@@ -43,9 +43,9 @@ def probe(endpoint: Endpoint, model: str, tokens: ChatTokens | None) -> Abilitie
 
     What could not be found out is a warning of the log `spalign`.
     """
-    listed = endpoint.models()
-    endpoint.words.served = tuple(m.id for m in listed.data) if listed else ()
-    window = next((m.max_model_len for m in listed.data if m.id == model), None) if listed else None
+    listed = endpoint.models() or []
+    endpoint.words.served = tuple(m.id for m in listed)
+    window = next((m.max_model_len for m in listed if m.id == model), None)
     reply, limit, seeds, chat_top = _probe_chat(endpoint, model)
     _check_name(endpoint, model, reply)
     counted = reply.usage.prompt_tokens if reply.usage else None

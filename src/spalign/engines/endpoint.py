@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from spalign.config import EngineConfig
 from spalign.engines.base import EngineFailed
 from spalign.engines.failures import UNSUPPORTED, Job, Refused, Words
-from spalign.engines.replies import Models, Reply, why_none
+from spalign.engines.replies import Listed, Models, Reply, why_none
 from spalign.errors import EngineError
 
 CHAT, TEXT, MODELS = "/chat/completions", "/completions", "/models"
@@ -59,10 +59,10 @@ class Endpoint:
         """The reply to one request. Raises Refused, or EngineFailed where the server cannot be used."""
         return self._read(job, next(self._ask([job]))[1])
 
-    def models(self) -> Models | None:
+    def models(self) -> list[Listed] | None:
         """What the server says it serves; None where it does not say."""
         try:
-            return Models.model_validate_json(next(self._ask([Job(MODELS, {})]))[1])
+            return Models.model_validate_json(next(self._ask([Job(MODELS, {})]))[1]).data
         except Refused as e:
             if e.status in UNSUPPORTED:
                 return None
@@ -163,13 +163,16 @@ class Endpoint:
         import openai
 
         own = self._config
+        key = os.environ.get(own.api_key_env)
         try:
             return openai.AsyncOpenAI(
                 base_url=self.url,
-                api_key=os.environ.get(own.api_key_env) or "none",
+                api_key=key or "none",
                 max_retries=own.max_retries,
                 default_headers={"Accept-Encoding": "identity"},
-                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self._check]}),
+                http_client=openai.DefaultAsyncHttpxClient(
+                    event_hooks={"request": [] if key else [_without_key], "response": [self._check]}
+                ),
                 timeout=openai.Timeout(own.timeout, connect=min(own.timeout, CONNECT)),
             )
         except Exception as e:  # whatever the settings that it reads make of it
@@ -209,6 +212,11 @@ class Endpoint:
         except Exception as e:  # what the client reads is used only now, or a server redirects to an address that is none
             raise self.words.unsettled(e) from None
         return bytes(response.content)
+
+
+async def _without_key(request: Any) -> None:
+    """The client wants a key, and writes one into every request."""
+    request.headers.pop("Authorization", None)
 
 
 def _capped(response: Any) -> Any:

@@ -61,6 +61,8 @@ class Words:
         import openai
 
         cause = error.__cause__
+        if isinstance(cause, httpx2.LocalProtocolError):  # it says what it was given
+            return self.unsettled(cause)
         at, tried = self._at(getattr(cause, "request", error.request), job), _times(_tries(error))
         if isinstance(error, openai.APITimeoutError) and not isinstance(cause, httpx2.ConnectTimeout):
             return EngineFailed(

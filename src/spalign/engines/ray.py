@@ -32,17 +32,11 @@ class RayEngine(TokenEngine):
     name = "ray"
     batching = False
 
-    def __init__(self, name: str, config: EngineConfig, tokens: ChatTokens, width: int, needs: dict[str, float]) -> None:
-        """width workers, each of which takes `needs` of the cluster. Raises ModelError or EngineError with what to do."""
+    def __init__(self, config: EngineConfig, tokens: ChatTokens, pool: Pool, needs: dict[str, float], window: int) -> None:
+        """needs: what each worker takes of the cluster. window: its engine's, in tokens."""
         self.capabilities = _capabilities(config)
-        self.tokens, self.width, self._needs = tokens, width, needs
-        self._pool = Pool(name, config.in_worker(), width, needs)
+        self.tokens, self.width, self._pool, self._needs, self._window = tokens, pool.width, pool, needs, window
         _open.add(self)
-        try:
-            self._window: int = next(self._pool.ask("window", times=self.width))
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """End the workers and give their memory back; calls under way fail."""
@@ -120,8 +114,13 @@ def load_ray(name: str, config: EngineConfig) -> RayEngine:
     width, needs = _layout(config, own=own)
     if config.batching == "auto" and needs["num_gpus"] < 1:  # two on a GPU would take each other's memory for their pages
         config = config.model_copy(update={"batching": "static"})
-    static = config.worker == "transformers" and config.batching == "static"
-    return (BatchingRayEngine if static else RayEngine)(name, config, tokens, width, needs)
+    pool = Pool(name, config.in_worker(), width, needs)
+    try:
+        window, static = next(pool.ask("about", times=width))
+    except BaseException:
+        pool.close()
+        raise
+    return (BatchingRayEngine if static else RayEngine)(config, tokens, pool, needs, window)
 
 
 def _capabilities(config: EngineConfig) -> frozenset[Capability]:

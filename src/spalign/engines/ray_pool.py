@@ -34,7 +34,7 @@ class Pool:
     def __init__(self, name: str, config: EngineConfig, width: int, needs: dict[str, Any]) -> None:
         import ray
 
-        self._width = width
+        self.width = width
         self._tickets = itertools.count()
         self._waiting: dict[int, queue.SimpleQueue[tuple[str, Any]]] = {}
         self._over: EngineError | None = None
@@ -102,7 +102,7 @@ class Pool:
             return bool(begun)
         if not begun and silent > PATIENCE:
             raise EngineError(
-                f"none of {self._width} workers could be had for {PATIENCE:g} s: the cluster has no room, or others use it",
+                f"none of {self.width} workers could be had for {PATIENCE:g} s: the cluster has no room, or others use it",
                 hint="lower engine.workers, or what a worker takes (worker_cpus, worker_gpus); or add nodes. A judge of its own takes "
                 "as many beside the policy's",
             )

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spalign.config import EngineConfig
-from spalign.engines.base import Completion, Engine, GenerateRequest
+from spalign.engines.base import Batching, Completion, Engine, GenerateRequest
 from spalign.errors import EngineError, SpalignError
 from spalign.startup import slim
 from spalign.text import printable, shorten
@@ -165,8 +165,10 @@ class Worker:
             self._engine = load_engine(self._name, self._config)
         return self._engine
 
-    def window(self) -> Iterator[int]:
-        yield self._ready().window
+    def about(self) -> Iterator[tuple[int, bool]]:
+        """The window, and whether it is `Batching`, which may go by the GPU."""
+        engine = self._ready()
+        yield engine.window, isinstance(engine, Batching)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Completion]:
         yield from self._ready().generate(requests)

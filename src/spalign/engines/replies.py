@@ -11,6 +11,11 @@ LogProb = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
 """A finite log-probability, rounding allowed for: anything else says that the reply is broken."""
 
 
+_ENDED = frozenset({"stop", "eos", "eos_token", "stop_sequence", "end", "end_turn"})
+_CUT = frozenset({None, "length", "max_tokens", "content_filter", "tool_calls", "function_call"})
+"""Finish reasons: the protocol's, and other words for them that servers have."""
+
+
 class Alternative(BaseModel):
     token: str
     logprob: LogProb
@@ -48,6 +53,11 @@ class Choice(BaseModel):
     logprobs: Logprobs | None = None
 
     @property
+    def finished(self) -> bool | None:
+        """Whether the model came to its end by itself; None where the server's word for it is not known."""
+        return True if self.finish_reason in _ENDED else False if self.finish_reason in _CUT else None
+
+    @property
     def said(self) -> str:
         return (self.message.content if self.message else self.text) or ""
 
@@ -81,7 +91,17 @@ class Listed(BaseModel):
 
 
 class Models(BaseModel):
-    data: list[Listed]
+    """What a server says it serves: an object with `data`, or, with some, the bare list. None where it says nothing of the kind."""
+
+    data: list[Listed] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_any_shape(cls, said: Any) -> Any:
+        listed = said.get("data") if isinstance(said, dict) else said
+        if not isinstance(listed, list):
+            return {}
+        return {"data": [one for one in listed if isinstance(one, dict) and isinstance(one.get("id"), str)]}
 
 
 class Failure(BaseModel):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spalign.errors import RunFolderError
+from spalign.files import move_folder
 from spalign.store import clear_errors, link, read_json
 
 KEPT = "kept"
@@ -88,7 +89,7 @@ def hand_over(checkpoint: Path, folder: Path, base: str, *, trust_remote_code: b
     tokenizer = AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=trust_remote_code)
     tokenizer.save_pretrained(half)
     shutil.rmtree(target, ignore_errors=True)
-    half.rename(target)
+    move_folder(half, target)
     return target
 
 

@@ -31,9 +31,8 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judging: Judging, 
     }
     answered = run.folder.stage(f"evaluation/{when}/1-sample", inputs)
     against = rivals or answered
-    judged = run.folder.stage(
-        f"evaluation/{when}/2-judge", {"from": answered.digest, "rivals": against.digest, **judging.inputs, "shard_size": config.shard_size}
-    )
+    asked = {"from": answered.digest, "rivals": against.digest, **judging.inputs, "shard_size": config.shard_size}
+    judged = run.folder.stage(f"evaluation/{when}/2-judge", asked, answered, against)
     judge = judging.judge
 
     def answer() -> dict[str, Any]:

@@ -31,7 +31,8 @@ COUNTS = ("candidates", "unfinished", "empty", "refined passed", "refined tested
 
 def denoise_step(run: Context, base: str, judging: Judging, config: RunConfig, scored: Stage, refined: Stage) -> Step:
     """4-denoise: both criteria, one verdict a group."""
-    stage = run.folder.stage(f"{base}/4-denoise", {"from": refined.digest, "levels": judging.levels, "denoise": config.denoise.matters()})
+    inputs = {"from": refined.digest, "levels": judging.levels, "denoise": config.denoise.matters()}
+    stage = run.folder.stage(f"{base}/4-denoise", inputs, scored, refined)
 
     def do() -> dict[str, Any]:
         stage.begin()
@@ -65,7 +66,7 @@ def pair_step(
         "alpha": config.train.alpha,
         "policy": policy.digest,
     }
-    stage = run.folder.stage(f"{base}/5-pair", inputs)
+    stage = run.folder.stage(f"{base}/5-pair", inputs, scored, refined, denoised)
 
     def do() -> dict[str, Any]:
         facts, objectives = denoised.manifest() or {}, judging.resolved()

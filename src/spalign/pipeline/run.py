@@ -177,7 +177,9 @@ def _greet(run: Context, policy: Policy, steps: Sequence[Step]) -> None:
 
 
 def _do(steps: Sequence[Step], run: Context) -> bool:
-    """Do what is not done; True if there was anything."""
+    """Do what is not done; True if there was anything. Raises RunFolderError where what is done was made from rows that are others now."""
+    for step in steps:
+        step.stage.check_sources()
     todo = [s for s in steps if s.stage.manifest() is None]
     for step in todo:
         if run.config.data_from and step.stage.take_from(Path(run.config.data_from) / step.stage.folder.relative_to(run.folder.path)):

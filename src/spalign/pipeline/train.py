@@ -26,7 +26,7 @@ def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: 
     """Trains `policy` on the pairs of `paired`; the model lands in `6-train/model`, safetensors only."""
     settings = run.config.train.model_dump(exclude={"keep_checkpoints", *OUTLETS})
     inputs = {"from": paired.digest, "policy": policy.digest, "train": settings, "seed": run.config.seed}
-    stage = run.folder.stage(f"{base}/6-train", inputs)
+    stage = run.folder.stage(f"{base}/6-train", inputs, paired)
     gated = run.config.evaluation.gate.enabled and base == f"iteration-{run.config.iterations}"  # only the last model is
     keep = run.config.train.keep_checkpoints if gated else 0
 

@@ -1,6 +1,6 @@
 """The run folder: stages of part files with manifests and journals, so that a run can be killed anywhere and go on."""
 
-from spalign.store.files import (
+from spalign.files import (
     Row,
     clear_errors,
     decode_row,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spalign.errors import RunFolderError
-from spalign.store.files import clear_errors
+from spalign.files import clear_errors
 from spalign.store.stages import Stage
 from spalign.text import printable
 
@@ -84,8 +84,8 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def stage(self, where: str, inputs: Mapping[str, Any]) -> Stage:
-        return Stage(self.path / where, inputs, self.tell)
+    def stage(self, where: str, inputs: Mapping[str, Any], *made_from: Stage) -> Stage:
+        return Stage(self.path / where, inputs, self.tell, made_from)
 
 
 def _holds_any(path: Path) -> bool:

@@ -8,7 +8,7 @@ import threading
 import zlib
 from pathlib import Path
 
-from spalign.store.files import Row, clear_errors, decode_row, encode_row, sync_folder
+from spalign.files import Row, clear_errors, decode_row, encode_row, sync, write_atomic
 
 SYNC_SECONDS = 1.0
 _SUM = b',"crc":"'
@@ -31,10 +31,10 @@ class Journal:
         self._failed: OSError | None = None
         self._unsynced, self._closing = threading.Event(), threading.Event()
         with clear_errors(path):
+            self._rows = self._heal() if path.exists() else {}
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                sync_folder(path.parent)
-                self._rows = self._heal()
+                sync(path.parent)
                 self._size = os.fstat(self._file).st_size
             except OSError:
                 os.close(self._file)
@@ -43,18 +43,20 @@ class Journal:
         self._thread.start()
 
     def _heal(self) -> dict[str, Row]:
-        """The rows of all whole lines; what follows the last of them is cut off, or the next line would be torn too."""
+        """The rows of all whole lines. Others are taken out: what is appended to a torn line would be torn, too."""
         rows: dict[str, Row] = {}
-        end = position = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            position += len(line)
-            try:
+        whole: list[bytes] = []
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 row = _row(line)
                 rows[row["key"]] = row
-                end = position
-            except (ValueError, TypeError, KeyError):  # in the middle of a file: what a machine that lost power leaves
-                self.healed += 1
-        os.ftruncate(self._file, end)
+                whole.append(line)
+        self.healed = len(lines) - len(whole)
+        if whole == lines[: len(whole)]:  # a torn end is cut off, which needs no room
+            os.truncate(self.path, sum(map(len, whole)))
+        else:  # what a machine that lost power leaves
+            write_atomic(self.path, b"".join(whole))
         return rows
 
     def get(self, key: str) -> Row | None:

@@ -2,8 +2,9 @@
 
 A part is written to a temporary name, synced and renamed. A stage's `manifest.json` is written last: its presence means done. A stage
 knows the digest of all that it depends on; done with the same digest, it is not run again; with another one, it is set aside, never
-deleted. What is finished of a part in work stands in a journal of its own. When a part is there, its SHA-256 is added to `parts.sha256`:
-what goes on with the part later looks whether it still is what was written.
+deleted. What is finished of a part in work stands in a journal of its own. Before a part is there, its SHA-256 is added to `parts.sha256`:
+what goes on with the part later looks whether it still is what was written. The manifest has the SHA-256 of the parts, and of those that
+they were made from.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spalign.errors import RunFolderError
-from spalign.store.files import (
+from spalign.files import (
     MADE_AGAIN,
     Row,
     clear_errors,
@@ -36,6 +37,8 @@ from spalign.store.journal import Journal
 
 PART_BYTES = 1 << 25
 SUMS = "parts.sha256"
+WHOLE = "4-denoise, 5-pair, 6-train and what is trained or judged after them"
+"""Stages of which a part is not made from the same part before it."""
 
 
 class Part(NamedTuple):
@@ -73,14 +76,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 class Stage:
-    """One stage on disk. `inputs` is everything that its result depends on. tell: told where work of other inputs is set aside."""
+    """One stage on disk.
 
-    def __init__(self, folder: Path, inputs: Mapping[str, Any], tell: Callable[[str], None] = lambda _: None) -> None:
-        self.folder, self.inputs, self._tell = folder, dict(inputs), tell
+    inputs: everything that its result depends on. made_from: the stages whose rows it goes over. tell: told where work of other inputs is
+    set aside.
+    """
+
+    def __init__(
+        self, folder: Path, inputs: Mapping[str, Any], tell: Callable[[str], None] = lambda _: None, made_from: Sequence[Stage] = ()
+    ) -> None:
+        self.folder, self.inputs, self._tell, self._made_from = folder, dict(inputs), tell, tuple(made_from)
         self.digest = digest(self.inputs)
         self.healed = 0
         """Torn lines of journals that this stage has had."""
         self._hashes: dict[str, str] = {}
+        self._written: dict[str, set[str]] = {}
+        """By part, what `parts.sha256` has of it: a part that was made again stands there twice."""
         self._journal = threading.local()
 
     @property
@@ -104,7 +115,9 @@ class Stage:
         self.healed = progress.get("healed", 0)
         with clear_errors(self.folder), contextlib.suppress(FileNotFoundError):
             lines = (self.folder / SUMS).read_text("ascii", "replace").splitlines()
-            self._hashes |= {found[2]: found[1] for line in lines if (found := re.fullmatch(r"([0-9a-f]{64})  (part-\d+\.jsonl)", line))}
+            for line in lines:
+                if found := re.fullmatch(r"([0-9a-f]{64})  (part-\d+\.jsonl)", line):
+                    self._written.setdefault(found[2], set()).add(found[1])
         return progress
 
     def _progress(self) -> dict[str, Any] | None:
@@ -144,13 +157,32 @@ class Stage:
         found = read_manifest(other)
         if not found or found["digest"] != self.digest or any(p.is_dir() for p in other.iterdir()):
             return False
+        if why := self._other_rows(found) or _damaged(other, found["parts"]):
+            self._tell(f"{other}: not taken: {why}")
+            return False
         self.begin()
         with clear_errors(self.folder):
-            (self.folder / SUMS).unlink(missing_ok=True)  # of parts that the other run's replace
-            for path in (*sorted(other.glob("part-*.jsonl")), other / "manifest.json"):  # the manifest last: it says that all is there
-                (self.folder / path.name).unlink(missing_ok=True)
-                link(path, self.folder / path.name)
+            write_atomic(self.folder / SUMS, "".join(f"{sha}  {name}\n" for name, sha in found["parts"].items()).encode())
+            for name in (*found["parts"], "manifest.json"):  # the manifest last: it says that all is there
+                (self.folder / name).unlink(missing_ok=True)
+                link(other / name, self.folder / name)
         return True
+
+    def _other_rows(self, manifest: Mapping[str, Any]) -> str | None:
+        """Where the stage of that manifest was made from other rows than those that now stand before it, in words."""
+        for source, then in zip(self._made_from, manifest.get("made_from", ()), strict=False):
+            now = (read_manifest(source.folder) or {"parts": then})["parts"]
+            if changed := [name for name in now | then if now.get(name) != then.get(name)]:
+                return f"it was made from {', '.join(changed[:8])} of {source.folder} as they were before these were made again"
+        return None
+
+    def check_sources(self) -> None:
+        """Raises RunFolderError where the finished stage was made from other rows than those that now stand before it."""
+        if (found := self.manifest()) and (why := self._other_rows(found)):
+            raise RunFolderError(
+                f"{self.folder}: {why}",
+                hint=f"remove the parts of these numbers there, and manifest.json: they alone are done again; of {WHOLE} remove the folder",
+            )
 
     @contextlib.contextmanager
     def recording(self, number: int) -> Iterator[Journal]:
@@ -178,27 +210,29 @@ class Stage:
     def has_part(self, number: int, items: Callable[[], Sequence[Any]]) -> bool:
         """Whether the part of these items is there. Raises RunFolderError where it is not as it was written.
 
-        One that was not added to `parts.sha256` (a kill came between, or an earlier version wrote it) must have a row an item.
+        One that does not stand in `parts.sha256` (which a machine that loses power may leave shorter) must have a row an item.
         """
         path = self.part(number)
         if not path.exists():
             return False
         with clear_errors(path):
             data = path.read_bytes()
-        found, known = hashlib.sha256(data).hexdigest(), self._hashes.get(path.name)
-        if not (found == known if known else _rows_in(data) == len(items())):
+        found, written = hashlib.sha256(data).hexdigest(), self._written.get(path.name)
+        if not (found in written if written else _rows_in(data) == len(items())):
             raise RunFolderError(
                 f"{path}: damaged: it is not what was written", hint="restore it, or remove this file: this part alone is done again"
             )
-        if known is None:
-            self._add_sum(path.name, found)
+        self._add_sum(path.name, found)
         return True
 
     def _add_sum(self, name: str, sha256: str) -> None:
+        self._hashes[name] = sha256
+        if sha256 in self._written.setdefault(name, set()):
+            return
         path = self.folder / SUMS
         with clear_errors(path), path.open("ab") as f:
             f.write(f"{sha256}  {name}\n".encode())
-        self._hashes[name] = sha256
+        self._written[name].add(sha256)
 
     def write_part(self, number: int, rows: Iterable[object]) -> None:
         """A part, whole or not at all."""
@@ -206,8 +240,8 @@ class Stage:
 
     def write_lines(self, number: int, lines: bytes) -> None:
         """A part whose rows are encoded."""
+        self._add_sum(self.part(number).name, hashlib.sha256(lines).hexdigest())  # before it is there: a kill may come between
         write_atomic(self.part(number), lines)
-        self._add_sum(self.part(number).name, hashlib.sha256(lines).hexdigest())
 
     def write_stream(self, chunks: Iterable[bytes]) -> None:
         """All parts of the stage anew, from encoded rows; a part is closed with the chunk that makes it PART_BYTES long."""
@@ -230,7 +264,8 @@ class Stage:
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write the manifest: the stage is done."""
         parts = {p.name: self._hashes.get(p.name) or hashlib.sha256(p.read_bytes()).hexdigest() for p in self.parts()}
-        manifest = {"digest": self.digest, "inputs": self.inputs, "parts": parts, "versions": versions(), **facts}
+        made_from = {"made_from": [(read_manifest(s.folder) or {"parts": {}})["parts"] for s in self._made_from]} if self._made_from else {}
+        manifest = {"digest": self.digest, "inputs": self.inputs, "parts": parts, **made_from, "versions": versions(), **facts}
         write_json(self.folder / "manifest.json", manifest)
         with clear_errors(self.folder):
             for left in (*self.folder.glob("journal-*.jsonl"), *self.folder.glob("*.json*.tmp")):  # of a process that was killed
@@ -248,6 +283,17 @@ class Stage:
         """The rows of a finished stage. Raises RunFolderError where a part is missing or not what the manifest says."""
         for part in self.finished_parts():
             yield from map(decode_row, part.lines())
+
+
+def _damaged(folder: Path, parts: Mapping[str, str]) -> str | None:
+    """Which part is not what the manifest says, in words."""
+    for name, sha256 in parts.items():
+        try:
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+                return f"{name} changed since it was written"
+        except OSError as e:
+            return f"{name}: {e.strerror}"
+    return None
 
 
 def _rows_in(data: bytes) -> int | None:

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from spalign.store.files import Row
+from spalign.files import Row
 from spalign.store.stages import Part, Stage
 
 Item = TypeVar("Item")

@@ -65,6 +65,7 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
             f"margin_column: loss {self.loss} has no margin": self.margin_column is not None and not pairs,
             "weight_column: loss sft has no pairs": self.weight_column is not None and self.loss == "sft",
             "sft_weight: loss sft is that loss": self.sft_weight > 0 and self.loss == "sft",
+            "bf16_full_eval, fp16_full_eval: an evaluation is in the precision of training": self.bf16_full_eval or self.fp16_full_eval,
             "label_smoothing_factor: no loss here smooths labels": self.label_smoothing_factor != 0,
         }
         return next((what for what, so in found.items() if so), None)
@@ -74,6 +75,8 @@ class SPAConfig(TrainingArguments):  # type: ignore[misc]
         several, spread = self.world_size > 1, self.accelerator_config
         found = {
             "use_liger_kernel would replace the forward pass that the tiled LM head is part of: leave it out": self.use_liger_kernel,
+            "fp16: its gradients overflow by design until their scale fits, and a gradient that is not finite stops training here; use "
+            "bf16, or neither": self.fp16,
             "neftune_noise_alpha: its noise depends on what else is in a row of several prompts": self.neftune_noise_alpha is not None,
             f"train_sampling_strategy {self.train_sampling_strategy}: rows are packed without padding; use random or sequential": (
                 self.train_sampling_strategy not in ("random", "sequential")

@@ -134,7 +134,7 @@ def prepare(model: Any, attention: Literal["rows", "flex"] = "rows") -> Layout:
         own = faithful(model)  # by default transformers leaves the cap out
     if attention == "flex":
         check_device(model.device)
-        check_dropout(model.config)
+        check_dropout(model)
         wanted = "flex" if wanted == "packed" else wanted
     keep_backward(model)
     if not hasattr(model, "spalign_tiled"):
@@ -176,7 +176,7 @@ def _same_numbers(model: Any, layout: Layout) -> bool:
     start = len(group.prompt) - 1
     own = torch.stack([_plain_logps(model(input_ids=r, use_cache=False).logits[0, start:-1], r[0, start + 1 :]).mean() for r in rows])
     try:
-        means, _ = response_logps(model, _to(collate([group], layout=layout, pad=0), model.device))
+        means, _ = response_logps(model, moved(collate([group], layout=layout, pad=0), model.device))
     except (RuntimeError, TypeError, ValueError, AttributeError) as e:
         logger.info("spalign: %s rows do not work for %s: %s", layout, type(model).__name__, e)
         return False
@@ -190,12 +190,13 @@ def _plain_logps(logits: Tensor, target: Tensor) -> Tensor:
     return -torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """All tensors in it, on `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
-    return [_to(v, device) for v in value] if isinstance(value, list) else value
+        return {k: moved(v, device) for k, v in value.items()}
+    return [moved(v, device) for v in value] if isinstance(value, list) else value
 
 
 def response_logps(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

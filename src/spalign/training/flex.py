@@ -25,9 +25,9 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def check_dropout(config: Any) -> None:
+def check_dropout(model: torch.nn.Module) -> None:
     """Raises ModelError where the model drops attention weights in training: flex attention has no dropout."""
-    if dropout := getattr(config.get_text_config(), "attention_dropout", 0):
+    if dropout := max((getattr(module, "attention_dropout", 0) or 0 for module in model.modules()), default=0):
         raise ModelError(f"the model has attention dropout ({dropout}), which flex attention does not know", hint=_ROWS)
 
 

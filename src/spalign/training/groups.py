@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 class TrainingPair:
     """chosen, rejected: indices into the group's responses. gap: Delta_i of Eq. 3, in score points (1 where the data has none).
 
-    weight, margin: of this pair, in place of Eq. 3's weight and of gamma, where the data gives them. name: of its row, for messages.
+    weight, margin: of this pair, in place of Eq. 3's weight and of gamma, where the arguments name a column for them. name: of its row,
+    for messages.
     """
 
     chosen: int

@@ -27,14 +27,19 @@ def read_groups(rows: Any, *, model: Any, args: SPAConfig, tokenizer: Any) -> tu
         raise DataError(f"the data is a mapping ({', '.join(map(str, rows))})", hint="give one split, or a list of rows")
     rows = [] if rows is None else list(rows)
     if not rows:
-        raise DataError("the training data is empty", hint="see the funnel for where the pairs went")
+        raise DataError("the data is empty: no row", hint="see the funnel for where the pairs went")
     longest = min(args.max_length or 1 << 20, window_of(model.config))
     if all(isinstance(r, TrainingGroup) for r in rows):
         groups = [g for g in rows if len(g.prompt) + max(map(len, g.responses)) <= longest]
         dropped = {"too long": len(rows) - len(groups)} if len(groups) < len(rows) else {}
+        if dropped:
+            logger.warning("spalign: dropped %d groups longer than %d tokens", len(rows) - len(groups), longest)
         for column, part in ((args.weight_column, "weight"), (args.margin_column, "margin")):
-            if column and any(getattr(p, part) is None for g in groups for p in g.pairs):
+            given = {getattr(p, part) is not None for g in groups for p in g.pairs}
+            if column and False in given:
                 raise DataError(f"a group's pairs have no {part}", hint=f"give every TrainingPair one, or leave out {part}_column")
+            if not column and True in given:
+                raise DataError(f"a group's pairs have a {part}, which only {part}_column makes count", hint=f"set {part}_column='{part}'")
     else:
         tokens = RowTokens(tokenizer)
         columns = {"weight_column": args.weight_column, "margin_column": args.margin_column}
@@ -61,14 +66,27 @@ def make_ready(model: Any, args: SPAConfig, peft_config: Any) -> tuple[Layout, A
         without_dropout(base)
     layout = prepare(base, args.attention)
     if peft_config is not None:
-        if getattr(peft_config, "is_prompt_learning", False):
-            raise ValueError(f"{type(peft_config).__name__} puts tokens before every row; SPATrainer trains LoRA and DoRA adapters")
         set_seed(args.seed)  # or the adapter's first weights would be another session's
         model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel):
+        kind = model.active_peft_config
+        if kind.is_prompt_learning:
+            raise ValueError(f"{type(kind).__name__} puts tokens before every row; SPATrainer trains LoRA and DoRA adapters")
         fuse_adapters(model)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
     if not isinstance(the_head(base), torch.nn.Linear):
         logger.warning("spalign: an adapter is on the LM head: all logits of response tokens are made at once")
     return layout, model
+
+
+def one_device(args: SPAConfig, model: Any) -> None:
+    """A process trains on one GPU, or has its layers on several: torch.nn.DataParallel would cut rows of several prompts in the middle."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            return
+        logger.warning(
+            "spalign: %d GPUs are there, and this process trains on one; on all: accelerate launch (docs/training.md)",
+            torch.cuda.device_count(),
+        )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from spalign.training.groups import TrainingGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,13 @@ def counted(batches: Sequence[dict[str, Any]]) -> Tensor:
         once, each = count[b["chosen"].unique()].sum(), count[b["chosen"]].sum()
         out += torch.tensor([len(b["gaps"]), b["gaps"].double().sum(), once, each], dtype=torch.float64)
     return out
+
+
+def counted_groups(groups: Sequence[TrainingGroup]) -> Tensor:
+    """The same of groups, before they are made batches of."""
+    pairs = [(p.gap, len(g.responses[p.chosen])) for g in groups for p in g.pairs]
+    once = sum(len(g.responses[i]) for g in groups for i in {p.chosen for p in g.pairs})
+    return torch.tensor([len(pairs), math.fsum(gap for gap, _ in pairs), once, sum(n for _, n in pairs)], dtype=torch.float64)
 
 
 def pair_sums(logps: Tensor, count: Tensor, inputs: dict[str, Any]) -> Tensor:

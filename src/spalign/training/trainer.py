@@ -25,11 +25,11 @@ from transformers.trainer_utils import speed_metrics
 
 from spalign.errors import DataError
 from spalign.training.arguments import SPAConfig
-from spalign.training.batches import collate, response_logps, without_groups_after
+from spalign.training.batches import collate, moved, response_logps, without_groups_after
 from spalign.training.groups import TrainingGroup
-from spalign.training.inputs import make_ready, read_groups
+from spalign.training.inputs import make_ready, one_device, read_groups
 from spalign.training.loss import dpo_loss, pair_weights, sft_loss, spa_loss
-from spalign.training.sums import StepTotals, counted, pair_metrics, pair_sums
+from spalign.training.sums import StepTotals, counted, counted_groups, pair_metrics, pair_sums
 
 __all__ = ["SPAConfig", "SPATrainer"]
 
@@ -60,20 +60,22 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         args = args or SPAConfig(output_dir="spa-out")
         if not isinstance(args, SPAConfig):
             raise ValueError(f"args must be an SPAConfig; got {type(args).__name__}")
-        if kwargs.get("compute_metrics"):
-            raise ValueError("compute_metrics gets no predictions here: `evaluate` gives the loss and the pairs' metrics")
+        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is never called: args.loss says the loss, and `evaluate` gives it and the pairs' metrics")
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if processing_class is None:
             if not (name := model.config._name_or_path):
                 raise ValueError("the model names no tokenizer: give it as processing_class")
             processing_class = AutoTokenizer.from_pretrained(name)
-        self.train_dataset: list[TrainingGroup]
+        self.train_dataset: Any
         self.eval_dataset: Any
         self._read = partial(read_groups, model=model, args=args, tokenizer=processing_class)
-        groups, self.dropped = self._read(train_dataset)
         held_out = self._held_out(kwargs.pop("eval_dataset", None))
+        groups, self.dropped = (None, {}) if train_dataset is None and held_out is not None else self._read(train_dataset)
         layout, model = make_ready(model, args, peft_config)
+        one_device(args, model)
         pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else processing_class.eos_token_id
         collator = partial(collate, layout=layout, pad=pad)
         super().__init__(
@@ -99,6 +101,8 @@ class SPATrainer(Trainer):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; for DPO after one pass over all responses with the policy as it is now."""
+        if self.train_dataset is None:
+            raise DataError("there is nothing to train on", hint="give train_dataset")
         if self.args.loss == "dpo":
             self.train_dataset = self._with_references(self.train_dataset)
             held_out = self.eval_dataset
@@ -130,13 +134,15 @@ class SPATrainer(Trainer):  # type: ignore[misc]
     def _evaluating(self) -> Iterator[Any]:
         """The policy, for passes without a gradient."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and not self.accelerator._models:
+            raise DataError("the weights are spread over devices when training begins, not before", hint="set eval_on_start=True")
         model = self.model_wrapped if sharded else self.model
         if not sharded:
             self._move_model_to_device(model, self.args.device)
         training = model.training
         model.eval()
         try:
-            with self.autocast_smart_context_manager() if self.args.bf16 else contextlib.nullcontext():
+            with self.accelerator.autocast():  # as in training, before which the model does not do so by itself
                 yield model
         finally:
             model.train(training)
@@ -158,15 +164,15 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         data = self._with_references(data) if self.args.loss == "dpo" else data
         began, ranks, rank = time.time(), self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
-        batches = [self.data_collator(data[i : i + size]) for i in range(0, len(data), size)]
-        totals = StepTotals.of(counted(batches))
-        mine = [*batches[rank::ranks]]
-        if len(mine) < -(-len(batches) // ranks):  # all ranks make as many passes
-            mine.append(dict(batches[-1]))
-            without_groups_after(mine[-1], 0)
+        batches = [data[i : i + size] for i in range(0, len(data), size)]
+        totals = StepTotals.of(counted_groups(data))
         sums = torch.zeros(8, device=self.args.device)
         with self._evaluating() as model:
-            for batch in map(self._prepare_inputs, mine):
+            for first in range(0, len(batches), ranks):
+                mine = first + rank
+                batch = self._prepare_inputs(self.data_collator(batches[min(mine, len(batches) - 1)]))
+                if mine >= len(batches):  # all ranks make as many passes
+                    without_groups_after(batch, 0)
                 logps, count = response_logps(model, batch)
                 loss = self._loss(logps, count, batch, totals)
                 sums += torch.cat([loss.detach().float().reshape(1), pair_sums(logps, count, batch)])
@@ -200,7 +206,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         """An epoch whose prompts do not share evenly among the ranks is filled up with prompts that have been: these count for nothing."""
         if self.args.dataloader_drop_last:  # leaves them out instead
             return
-        ranks, size, prompts = self.accelerator.num_processes, self.args.per_device_train_batch_size, len(self.train_dataset)
+        ranks, size, prompts = self.accelerator.num_processes, self._train_batch_size, len(self.train_dataset)
         rounds = -(-prompts // (ranks * size))
         steps = -(-rounds // self.args.gradient_accumulation_steps)
         first = self.state.global_step % steps * self.args.gradient_accumulation_steps
@@ -270,12 +276,16 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds accuracy, margin and log-probabilities of the pairs since the last log; also to the trackers."""
-        if self._metrics:
+        """Adds accuracy, margin and log-probabilities of the pairs since the last log to the loss's; also to the trackers."""
+        if self._metrics and {"loss", "train_loss"} & logs.keys():  # which all ranks log
             sums = self.accelerator.reduce(torch.stack(self._metrics).sum(0), reduction="sum").tolist()
             logs = {**logs, **pair_metrics(sums)}
             self._metrics.clear()
         super().log(logs, start_time)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, and no more: transformers would round gaps, weights and references to DeepSpeed's precision."""
+        return moved(data, self.args.device)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As transformers', without its pickled copy of the arguments: only safetensors and JSON are left behind."""

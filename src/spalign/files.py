@@ -45,14 +45,14 @@ def clear_errors(path: Path) -> Iterator[None]:
     except SpalignError:
         raise
     except Exception as e:
-        if (code := _number(e)) is None:
+        if (code := error_number(e)) is None:
             raise
         what = os.strerror(code) if code else "cannot be written; is the disk full, or a quota or size limit reached?"
         raise RunFolderError(f"{path}: {what}", hint=hints.get(code or errno.ENOSPC, "check the folder; choose another runs_dir")) from e
 
 
-def _number(e: Exception) -> int | None:
-    """A file system error's number; 0 where torch's writer keeps it to itself; None: it is no such error."""
+def error_number(e: Exception) -> int | None:
+    """A file system error's number, 0 where torch's writer keeps it to itself; None: it is no such error."""
     if isinstance(e, OSError):
         return e.errno
     if type(e) is Exception or type(e).__name__ == "SafetensorError":  # of tokenizers and safetensors, which are written in Rust
@@ -82,13 +82,21 @@ def encode_rows(rows: Iterable[object]) -> bytes:
     return b"".join(map(encode_row, rows))
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on disk."""
-    opened = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def move_folder(half: Path, target: Path) -> None:
+    """Rename a folder when all that is in it is on disk: what stands under the new name is whole, also after the machine lost power."""
+    for path in (*half.rglob("*"), half):
+        sync(path)
+    half.rename(target)
+    sync(target.parent)
 
 
 @contextlib.contextmanager
@@ -98,14 +106,13 @@ def _whole(path: Path) -> Iterator[Path]:
     with clear_errors(path):
         try:
             yield temporary
-            with temporary.open("rb") as f:
-                os.fsync(f.fileno())
+            sync(temporary)
             temporary.rename(path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
