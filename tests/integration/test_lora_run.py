@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_pipeline import engine, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spalign.engines.make import MERGED
 from spalign.pipeline import run
 
 FOUR = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'spalign[qlora]'")
@@ -36,7 +37,7 @@ def test_plain_peft_gives_the_logits_of_the_merged_model(tmp_path: Path, tiny_mo
     assert not (stage / "checkpoints").exists()
 
     names = {p.name for p in (stage / "adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", MERGED}
     matrices = load_file(stage / "adapter/adapter_model.safetensors")
     assert len(matrices) == 2 * 7 * 2  # layers, matrices, A and B
     assert {m.dtype for m in matrices.values()} == {torch.float32}

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from spalign.engines.make import adapter_of
 from spalign.errors import ModelError
 from spalign.pipeline.checkpoints import hand_over
 from spalign.training.merge import merge
@@ -255,7 +256,25 @@ def test_the_model_that_a_run_hands_over_is_untied_too(tied_base, tmp_path):
     checkpoint = noisy(tied_base, tmp_path / "checkpoint-1", "q_proj", "lm_head")
     handed = hand_over(checkpoint, tmp_path, str(tied_base), trust_remote_code=False)
     assert handed == tmp_path / "model"
+    assert adapter_of(str(handed)) == (str(tied_base), tmp_path / "adapter")
+    moved = handed.rename(tmp_path / "model.held-back")  # as the gate does with both
+    assert adapter_of(str(moved)) == (str(moved), None)
+    handed = moved.rename(handed)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tied_base, tmp_path / "other/model")  # a model of another origin beside an adapter
+    shutil.copytree(tmp_path / "adapter", tmp_path / "other/adapter")
+    assert adapter_of(str(tmp_path / "other/model")) == (str(tmp_path / "other/model"), None)
     torch.testing.assert_close(logits(plain(handed)), adapted(tied_base, tmp_path / "adapter"), rtol=0, atol=1e-4)
+
+
+def test_a_model_that_brings_its_code_is_handed_over_with_it(base_model, tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    shutil.copytree(base_model, checkpoint)
+    for name in ("modeling_own.py", "optimizer.pt", "trainer_state.json"):
+        (checkpoint / name).write_text("{}")
+    handed = hand_over(checkpoint, tmp_path, str(base_model), trust_remote_code=False)
+    assert {p.name for p in handed.iterdir()} >= {"modeling_own.py", "config.json", "model.safetensors", "tokenizer_config.json"}
+    assert not {p.name for p in handed.iterdir()} & {"optimizer.pt", "trainer_state.json"}
 
 
 def test_what_says_another_thing_when_merged_is_refused(adapters, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import yaml
 from plain_objectives import plain_objectives
 
 from spalign.config import RunConfig, config_from
+from spalign.engines.make import MERGED, adapter_of
 from spalign.engines.scripted import ScriptedEngine
 from spalign.errors import NothingToTrainOn, PromptError, RunFolderError
 from spalign.pipeline import STAGES, run, train
@@ -326,7 +327,9 @@ def test_lora_hands_over_an_adapter_and_a_merged_model_that_say_the_same(tmp_pat
     assert summary is not None
     assert summary["iterations"][0]["training"]["collapsed"] is None
     stage = config.folder / "iteration-1/6-train"
-    assert {p.name for p in (stage / "adapter").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    files = {p.name for p in (stage / "adapter").iterdir()}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors", MERGED}
+    assert adapter_of(str(stage / "model")) == (str(tiny_model), stage / "adapter")
     assert json.loads((stage / "adapter/adapter_config.json").read_text())["r"] == 4
     base, merged = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32).eval() for m in (tiny_model, stage / "model"))
     ids = torch.arange(100, 164)[None]

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -863,12 +863,30 @@ def test_the_gradient_reaches_an_adapter(tmp_path: Path, checkpointing: bool) ->
 FINE = Probe(words=50, repetition=0.1, empty=0.0)
 
 
+class Scripted:
+    """Answers to probes, and the weights at each."""
+
+    def __init__(self, script: list[Probe]) -> None:
+        self.script, self.seen, self.begun = list(script), list[Tensor](), 0
+
+    def first(self, model: Any) -> dict[str, Any]:
+        self.begun += 1
+        return {"figures": asdict(FINE), "mark": "first"}
+
+    def again(self, model: Any, first: dict[str, Any]) -> Probe:
+        assert first == {"figures": asdict(FINE), "mark": "first"}
+        self.seen.append(weights(model))
+        return self.script.pop(0)
+
+
 def guarded(folder: Path, script: list[Probe], **changes: Any) -> tuple[SPATrainer, CollapseGuard]:
-    script = list(script)
-    guard = CollapseGuard(lambda model: script.pop(0), before=FINE, config=GuardConfig(every_steps=2))
+    prober = Scripted(script)
+    guard = CollapseGuard(prober, GuardConfig(every_steps=2))
     trainer = trainer_for(folder, llama(), callbacks=[guard], **{"max_steps": 7, "learning_rate": 1e-4, **changes})
     trainer.train()
-    assert not script  # every probe was asked for
+    assert not prober.script  # every probe was asked for
+    assert prober.begun == 1
+    assert guard.before == FINE
     return trainer, guard
 
 
@@ -909,16 +927,26 @@ def test_a_collapse_at_the_last_step_is_found(tmp_path: Path) -> None:
 
 
 def test_the_guard_probes_the_model_that_trains(tmp_path: Path) -> None:
-    seen: list[Tensor] = []
-
-    def probe(model: Any) -> Probe:
-        seen.append(weights(model))
-        return FINE
-
-    trainer = trainer_for(tmp_path, llama(), callbacks=[CollapseGuard(probe, FINE, GuardConfig(every_steps=1))], max_steps=2)
+    prober = Scripted([FINE] * 2)
+    trainer = trainer_for(tmp_path, llama(), callbacks=[CollapseGuard(prober, GuardConfig(every_steps=1))], max_steps=2)
     trainer.train()
-    assert not torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[1], weights(trainer.model))
+    assert not torch.equal(prober.seen[0], prober.seen[1])
+    assert torch.equal(prober.seen[1], weights(trainer.model))
+
+
+def test_what_the_policy_was_before_training_is_kept_over_a_resume(tmp_path: Path) -> None:
+    guarded(tmp_path, [FINE] * 2, max_steps=4)
+    later = Scripted([FINE] * 2)
+    guard = CollapseGuard(later, GuardConfig(every_steps=2))
+    trainer_for(tmp_path, llama(), callbacks=[guard], max_steps=7).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert later.begun == 0
+    assert guard.before == FINE
+    state = tmp_path / "checkpoint-4/trainer_state.json"
+    told = json.loads(state.read_text())
+    told["log_history"] = [h for h in told["log_history"] if "before" not in h]
+    state.write_text(json.dumps(told))
+    with pytest.raises(DataError, match="the checkpoint of step 4 is of an earlier version"):
+        trainer_for(tmp_path, llama(), callbacks=[guard], max_steps=7).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 # -- several ranks ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from spalign.config import EngineConfig
 from spalign.engines.attention import NAME, faithful, grouped_attention, register
 from spalign.engines.base import Completion, GenerateRequest, Sampling
 from spalign.engines.loading import inference_dtype, load_model
+from spalign.engines.tokens import ChatTokens
 from spalign.engines.transformers import TransformersEngine, _common_prefix
 from spalign.errors import EngineError, ModelError
 from spalign.types import Message
@@ -444,6 +445,31 @@ def test_encode_chat_is_the_template_with_the_assistants_turn_opened(engine: Tra
     spoken = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
     text = "".join(f"<|im_start|>{role}\n{words}{END}\n" for role, words in spoken) + "<|im_start|>assistant\n"
     assert engine.encode_chat(turns) == engine.tokenizer(text)["input_ids"]
+
+
+def test_an_answer_ends_with_the_template_s_token_where_the_model_stops_at_it(tiny: TransformersEngine) -> None:
+    """As with Gemma and Phi-3, whose tokenizers name another token as their end of sequence."""
+    own = tiny.tokenizer.eos_token_id
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    other = tokenizer.eos_token_id
+    assert own != other
+    for ends, end in (([own, other], own), ([other], other)):
+        assert ChatTokens(tokenizer, ends).response("Fine.") == [*tokenizer("Fine.")["input_ids"], end]
+
+
+def test_a_template_that_can_think_does_not(tiny: TransformersEngine) -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template += "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    plain, quiet = (TransformersEngine(tiny.model, t).encode_chat(user("Hi")) for t in (tiny.tokenizer, tokenizer))
+    assert quiet == [*plain, *tokenizer("<think></think>")["input_ids"]]
+
+
+def test_mistral_s_own_tokenizer_file_does_not_take_the_place_of_the_one_with_a_template(tiny_model: Path, tmp_path: Path) -> None:
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tekken.json").write_text("{}")  # which transformers prefers where mistral_common is installed, as with vLLM
+    assert TransformersEngine.load(str(tmp_path), EngineConfig(dtype="float32")).encode_chat(user("Hi"))
 
 
 # models that cannot be used

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -458,7 +459,8 @@ def test_an_adapter_that_was_trained_here_gives_the_merged_model_s_numbers(tiny_
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from spalign.engines.make import adapter_of, load_engine
+    from spalign.engines.make import MERGED, adapter_of, load_engine
+    from spalign.engines.models import fingerprint
     from spalign.training.merge import merge
     from spalign.training.trainer import SPAConfig, SPATrainer
 
@@ -486,6 +488,7 @@ def test_an_adapter_that_was_trained_here_gives_the_merged_model_s_numbers(tiny_
     trainer.train()
     trainer.model.save_pretrained(tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "model", model=str(tiny_model), dtype="float32", trust_remote_code=False)
+    (tmp_path / "adapter" / MERGED).write_text(json.dumps({"sha256": fingerprint(str(tmp_path / "model"))}))  # as a run does
     assert adapter_of(str(tmp_path / "model")) == (str(tiny_model), tmp_path / "adapter")
 
     base = TransformersEngine.load(str(tiny_model), EngineConfig(dtype="float32", device="cpu"))

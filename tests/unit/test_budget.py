@@ -86,6 +86,12 @@ def test_what_is_not_known_has_no_price() -> None:
         assert unknown.as_dict()["training_unknown"] == unknown.training
 
 
+def test_a_base_that_the_calculator_does_not_count_is_said() -> None:
+    found = budget(config(train={"lora": {"base_dtype": "float32"}}), "h200", options={})
+    assert "a base in float32 is not counted" in str(found.training)
+    assert found.as_dict()["training"] is None
+
+
 def test_a_served_policy_is_trained_as_the_model_that_its_tokenizer_names() -> None:
     served = config(model="served", engine={"kind": "openai", "base_url": "http://localhost:1/v1", "tokenizer": "demo"})
     assert isinstance(budget(served, "h200", options={}).training, Estimate)

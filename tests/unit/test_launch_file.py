@@ -52,7 +52,11 @@ def test_a_right_file_passes(tmp_path):
         ({**TWO, "num_machines": 2}, "num_machines is 2"),
         ({**TWO, "num_processes": 3}, "prompts_per_step 8 cannot be shared by 3 processes with prompts_per_forward 1"),
         ({**TWO, "distributed_type": "FSDP", "fsdp_config": {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}}, "no whole weights"),
-        ({**TWO, "distributed_type": "FSDP", "fsdp_config": {"fsdp_state_dict_type": "FULL_STATE_DICT"}}, "over GPUs only"),
+        ({**TWO, "distributed_type": "FSDP", "fsdp_config": {"fsdp_state_dict_type": "FULL_STATE_DICT"}}, "FSDP of version 1"),
+        (
+            {**TWO, "distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}},
+            "over GPUs only",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, content, message):
@@ -72,6 +76,22 @@ def test_no_file(tmp_path):
 def test_dpo_needs_whole_weights():
     with pytest.raises(ConfigError, match="dpo's reference pass"):
         check_launch(config(SHIPPED / "fsdp2.yaml", loss="dpo"))
+
+
+def test_flex_attention_is_tried_on_whole_weights():
+    with pytest.raises(ConfigError, match="flex attention is tried on whole weights"):
+        check_launch(config(SHIPPED / "fsdp2.yaml", attention="flex"))
+
+
+def test_one_process_trains_on_the_first_gpu_that_it_sees():
+    for device, refused in (("cuda:1", True), ("cuda:0", False), ("cuda", False), ("auto", False)):
+        alone = config_from({"name": "x", "model": "m", "engine": {"device": device}})
+        if refused:
+            with pytest.raises(ConfigError, match=r"engine\.device is cuda:1") as e:
+                check_launch(alone)
+            assert "CUDA_VISIBLE_DEVICES" in e.value.hint
+        else:
+            check_launch(alone)
 
 
 def test_deepspeed_must_be_there(monkeypatch):

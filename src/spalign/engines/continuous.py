@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class ContinuousEngine(TransformersEngine):
                 manager.add_request(ids, str(n), max_new_tokens=limit, eos_token_id=sorted(self.tokens.eos), **draw)
             steps, results, left = manager.batch_processor, manager.output_router.output_queue, len(work)
             while left:
-                with _told():
+                with _told(), _on(self.model.device):
                     if not steps.prepare_next_batch():
                         raise RuntimeError("there is work, and nothing was planned")
                     steps._generation_step(self.model)
@@ -100,7 +100,7 @@ class ContinuousEngine(TransformersEngine):
             own = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([draw]))
             own.tensors_required = 1
             manager.logit_processor = own
-            with _told():
+            with _told(), _on(model.device):  # where it looks for free memory
                 manager.batch_processor = manager._create_batch_processor()
             yield manager
         finally:
@@ -132,6 +132,11 @@ def load_for_gpu(name: str, config: EngineConfig) -> TransformersEngine:
     engine = ContinuousEngine(static.model, static.tokens.tokenizer, batch_size=config.batch_size)
     engine.memory = _share(config.memory)
     return engine
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """As the current device, as transformers' own thread has it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def lacks(model: Any) -> str:

@@ -56,7 +56,7 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal[
     with _device_errors(name, config):
         torch.empty(0, device=device_of(config))  # before weights are read for minutes
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_tokenizer(where, trust_remote_code=config.trust_remote_code)
         how = _four_bits(config) if dtype == "nf4" else {"dtype": dtype}
         how |= {"trust_remote_code": config.trust_remote_code, "attn_implementation": None}  # not what its files say
         model = AutoModelForCausalLM.from_pretrained(where, **how, use_safetensors=True)
@@ -71,11 +71,17 @@ def load_model(name: str, config: EngineConfig, *, dtype: torch.dtype | Literal[
         return model.to(device_of(config)), tokenizer
 
 
+def load_tokenizer(where: str, **how: Any) -> Any:
+    """The tokenizer of the Hugging Face files. Where `mistral_common` is installed, as vLLM has it, transformers would take Mistral's own
+    file, which comes without the chat template."""
+    return AutoTokenizer.from_pretrained(where, mistral_format=False, **how)
+
+
 def load_tokens(name: str, config: EngineConfig) -> tuple[ChatTokens, int | None]:
     """Of a model that another process runs: its tokens, and the longest sequence it is made for (None: not told). Raises ModelError."""
     where = resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_tokenizer(where, trust_remote_code=config.trust_remote_code)
         shape = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code)
         try:
             own = GenerationConfig.from_pretrained(where)

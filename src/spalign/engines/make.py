@@ -12,6 +12,9 @@ from spalign.engines.base import Engine
 from spalign.engines.models import fingerprint, locate
 from spalign.errors import ModelError
 
+MERGED = "spalign_merged.json"
+"""In an adapter's folder: the fingerprint of the model that it was merged into."""
+
 
 def load_engine(name: str, config: EngineConfig) -> Engine:
     """The model ready to answer. Raises ModelError or EngineError with what to do."""
@@ -46,11 +49,14 @@ def load_engine(name: str, config: EngineConfig) -> Engine:
 def adapter_of(name: str) -> tuple[str, Path | None]:
     """The model that vLLM loads and the adapter that it puts on it: for a model that a run trained as an adapter, its base and that.
 
-    For any other the model itself: for DoRA, which vLLM does not know, and where the base is not here any more.
+    For any other the model itself: where what lies beside it is not the adapter that was merged into it, for DoRA, which vLLM does not
+    know, and where the base is not here any more.
     """
     folder = Path(name)
     adapter = folder.with_name(folder.name.replace("model", "adapter", 1))
-    if adapter == folder or not (adapter / "adapter_config.json").is_file():
+    if adapter == folder or not (adapter / MERGED).is_file():
+        return name, None
+    if json.loads((adapter / MERGED).read_text()).get("sha256") != fingerprint(name):
         return name, None
     told = json.loads((adapter / "adapter_config.json").read_text())
     base = str(told["base_model_name_or_path"])

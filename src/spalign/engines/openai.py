@@ -197,11 +197,11 @@ def _tokens(name: str, config: EngineConfig) -> ChatTokens | None:
         if config.tokenizer:
             raise
         return None
-    from transformers import AutoTokenizer
+    from spalign.engines.loading import load_tokenizer
 
     cached = config.tokenizer is None and not isinstance(where, Path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = load_tokenizer(
             resolve(wanted), trust_remote_code=config.trust_remote_code, **({"local_files_only": True} if cached else {})
         )
     except (OSError, ValueError, KeyError, ImportError) as e:

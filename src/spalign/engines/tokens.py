@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from spalign.engines.base import Ask, Completion, GenerateRequest
@@ -25,6 +26,8 @@ class ChatTokens:
             )
         self.tokenizer = tokenizer
         self._turn = threading.Lock()
+        # answers are judged and trained on, not what is thought before them
+        self._how = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
         self.eos = {int(i) for i in (*eos, tokenizer.eos_token_id) if i is not None}
         if not self.eos:
             raise ModelError(f"{tokenizer.name_or_path}: no end-of-sequence token", hint="set tokenizer.eos_token and save the tokenizer")
@@ -42,7 +45,8 @@ class ChatTokens:
         turns = [{"role": m.role, "content": self.defused(m.content)} for m in messages]
         try:
             with self._turn:
-                return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+                ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False, **self._how)
+                return list(ids)
         except Exception as e:  # jinja raises what the template asks it to
             raise ModelError(
                 f"the chat template refused the conversation: {e}",
@@ -58,8 +62,16 @@ class ChatTokens:
         return self._ids(text, split_special_tokens=True)
 
     def response(self, text: str) -> list[int]:
-        """`text` as an assistant's complete turn, end-of-sequence token included."""
-        return [*self.text(text), self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else min(self.eos)]
+        """`text` as an assistant's complete turn, the token that ends it included: the template's, where the model stops at it."""
+        return [*self.text(text), self._end]
+
+    @cached_property
+    def _end(self) -> int:
+        with self._turn:
+            _, ids = end_of_turn(self.tokenizer)
+        if len(ids) == 1 and ids[0] in self.eos:
+            return ids[0]
+        return int(self.tokenizer.eos_token_id) if self.tokenizer.eos_token_id is not None else min(self.eos)
 
     def one(self, choice: str, *, chat: bool) -> int:
         """The token that `choice` is, after text or at the start of a turn. Raises EngineError where it is not one."""
@@ -79,6 +91,24 @@ class ChatTokens:
             if token in text:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
+
+
+_MARK = "spalign"
+
+
+def end_of_turn(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the chat template writes after an assistant's turn, and of that what ends the turn: up to the first special token, else all but
+    white space, else, where it writes nothing, EOS."""
+
+    def plain(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_MARK)[2]
+    ids = plain(tail)
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    cut = next((n for n, i in enumerate(ids, 1) if i in special), None)
+    return ids, ids[:cut] if cut else plain(tail.rstrip()) or [tokenizer.eos_token_id]
 
 
 class TokenEngine(ABC):

@@ -18,6 +18,7 @@ from spalign.config import EngineConfig
 from spalign.config.engine import VLLM_RANKS
 from spalign.engines.base import Ask, Capability, Completion, GenerateRequest
 from spalign.engines.loading import device_of, inference_dtype, load_tokens
+from spalign.engines.make import give_memory_back
 from spalign.engines.models import resolve
 from spalign.engines.prefix_tree import Tokens
 from spalign.engines.tokens import TokenEngine
@@ -68,6 +69,7 @@ class VLLMEngine(TokenEngine):
         what vLLM does not show.
         """
         check_vllm(config)
+        give_memory_back()
         where = resolve(name)
         self.tokens, limit = load_tokens(name, config)
         self._process = VLLMProcess(_settings(where, config) | _lora(adapter), _environment(config))

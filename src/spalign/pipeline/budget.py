@@ -115,6 +115,8 @@ def budget(
     }
     training: Estimate | str
     try:
+        if config.train.lora and config.train.lora.base_dtype == "float32":
+            raise ModelError("a base in float32 is not counted (train.lora.base_dtype; with auto or bfloat16 it is half as large)")
         training = estimate(plan_from(_shape_name(config), device, gflops=gflops, memory_gb=memory_gb, **said))
     except ModelError as e:
         training = e.message

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from spalign.engines.make import MERGED
 from spalign.errors import RunFolderError
-from spalign.files import move_folder
+from spalign.files import move_folder, sync, write_json
 from spalign.store import clear_errors, link, read_json
 
 KEPT = "kept"
@@ -59,7 +60,8 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 
 def _weights(checkpoint: Path) -> list[Path]:
-    return [f for f in checkpoint.iterdir() if f.suffix in {".safetensors", ".json"} and f.name != "trainer_state.json"]
+    """With the code of a model that brings its own."""
+    return [f for f in checkpoint.iterdir() if f.suffix in {".safetensors", ".json", ".py"} and f.name != "trainer_state.json"]
 
 
 def hand_over(checkpoint: Path, folder: Path, base: str, *, trust_remote_code: bool, suffix: str = "") -> Path:
@@ -67,9 +69,8 @@ def hand_over(checkpoint: Path, folder: Path, base: str, *, trust_remote_code: b
 
     The model appears whole or not at all; one that is there is replaced.
     """
-    from transformers import AutoTokenizer
-
-    from spalign.engines.models import resolve
+    from spalign.engines.loading import load_tokenizer
+    from spalign.engines.models import fingerprint, resolve
 
     target, adapter = folder / f"model{suffix}", folder / f"adapter{suffix}"
     half = target.with_name(target.name + ".tmp")
@@ -83,13 +84,16 @@ def hand_over(checkpoint: Path, folder: Path, base: str, *, trust_remote_code: b
         adapter.mkdir()
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy2(checkpoint / name, adapter / name)
+            sync(adapter / name)
     else:
         for file in _weights(checkpoint):  # copied, not moved: the checkpoint stays whole until the stage is done
             shutil.copy2(file, half / file.name)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(resolve(base), trust_remote_code=trust_remote_code)
     tokenizer.save_pretrained(half)
     shutil.rmtree(target, ignore_errors=True)
     move_folder(half, target)
+    if adapter.exists():
+        write_json(adapter / MERGED, {"sha256": fingerprint(str(target))})
     return target
 
 

@@ -14,7 +14,7 @@ from spalign.config import LoraConfig, RunConfig
 from spalign.constitution import Constitution
 from spalign.errors import ConfigError, RunFolderError
 from spalign.pipeline.checkpoints import check_space, keep_weights, last_checkpoint
-from spalign.pipeline.probe import probe_of
+from spalign.pipeline.probe import JobProber
 from spalign.pipeline.trackers import tracker_callbacks
 from spalign.store import clear_errors
 from spalign.types import Prompt, prompt_from_json
@@ -108,14 +108,12 @@ def _train(job: TrainJob, watch: Watch) -> dict[str, Any]:
     device = device_of(engine)
     bf16 = fast_bf16(device) and engine.dtype != "float32"
     # before the processes know of each other: then transformers would give the weights to the first one only
-    model, tokenizer = load_model(job.model, engine, dtype=_held_in(train.lora, device))
+    where = engine.model_copy(update={"device": "cpu"}) if spread() else engine  # no GPU is to hold them all
+    model, tokenizer = load_model(job.model, where, dtype=_held_in(train.lora, device))
     check_space(model, job.folder, adapter=train.lora is not None, keep=job.keep)
-    probe = probe_of(job, tokenizer, torch.bfloat16 if bf16 else None)
-    before = probe(model)
+    guard = CollapseGuard(JobProber(job, tokenizer, torch.bfloat16 if bf16 else None), train.guard)
     with _environment(job.folder, bf16):
         args = _arguments(job, on_cpu=device == "cpu", bf16=bf16)
-        before = _of_the_first(before)
-        guard = CollapseGuard(lambda policy: _of_the_first(probe(policy)), before, train.guard)
         callbacks = [*tracker_callbacks(train.report_to), guard]
         trainer = SPATrainer(model, args, job.rows, tokenizer, peft_config=_lora(train.lora), callbacks=callbacks)
     if math.ceil(train.epochs * math.ceil(len(trainer.train_dataset) / train.prompts_per_step)) == 1:
@@ -127,9 +125,14 @@ def _train(job: TrainJob, watch: Watch) -> dict[str, Any]:
         "collapsed": guard.collapsed,
         "prompts": len(trainer.train_dataset),
         "history": [h for h in log if "loss" in h],
-        "before": asdict(before),
+        "before": asdict(guard.before),
         "probes": [h for h in log if "repetition" in h],
     }
+
+
+def spread() -> bool:
+    """Whether accelerate's launcher has been told to spread the weights over the processes."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1") for kind in ("FSDP", "DEEPSPEED"))
 
 
 @contextlib.contextmanager
@@ -213,13 +216,6 @@ def _fit(trainer: Any, guard: Any, job: TrainJob, watch: Watch) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as e:
         guard.collapsed = str(e)
-
-
-def _of_the_first(found: Any) -> Any:
-    """What the first process found: the others found the same but for rounding, and all must come to the same verdict."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([found])[0]
 
 
 def check_kind(checkpoint: Path, trainer: Any) -> None:

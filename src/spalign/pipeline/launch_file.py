@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ def check_launch(config: RunConfig) -> None:
     """Raises ConfigError for a launch file that is missing or wrong, or whose processes cannot share a step."""
     path = config.train.accelerate
     if path is None:
+        if re.fullmatch(r"cuda:0*[1-9]\d*", config.engine.device or ""):
+            raise ConfigError(
+                f"engine.device is {config.engine.device}: training takes the first GPU that it sees",
+                hint="set it to cuda, and CUDA_VISIBLE_DEVICES to the GPU's number",
+            )
         return
     file = launch_file(path)
     kind = file.distributed_type.value
@@ -39,10 +45,14 @@ def check_launch(config: RunConfig) -> None:
     fsdp, deepspeed = file.fsdp_config or {}, file.deepspeed_config or {}
     if kind == "FSDP" and fsdp.get("fsdp_state_dict_type") != "FULL_STATE_DICT":
         raise ConfigError(f"{path}: checkpoints would hold no whole weights", hint="set fsdp_state_dict_type to FULL_STATE_DICT")
+    if kind == "FSDP" and str(fsdp.get("fsdp_version", 1)) != "2":
+        raise ConfigError(f"{path}: FSDP of version 1, under which the guard cannot probe the model", hint="set fsdp_version to 2")
     if kind == "DEEPSPEED" and deepspeed.get("zero_stage") == 3 and not deepspeed.get("zero3_save_16bit_model"):
         raise ConfigError(f"{path}: checkpoints would hold no whole weights", hint="set zero3_save_16bit_model to true")
     if kind in _SHARDED and config.train.loss == "dpo":
         raise ConfigError(f"{path}: dpo's reference pass needs whole weights in every process", hint="take configs/accelerate/ddp.yaml")
+    if kind in _SHARDED and config.train.attention == "flex":
+        raise ConfigError(f"{path}: flex attention is tried on whole weights on a GPU first", hint="set train.attention=rows")
     if kind in _SHARDED and config.train.lora and config.train.lora.base_dtype == "nf4":
         raise ConfigError(f"{path}: a base in four bits is not spread over processes", hint="take configs/accelerate/ddp.yaml")
     _check_devices(config, path, file)

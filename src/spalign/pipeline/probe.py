@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from spalign.evaluation import repetition
@@ -12,42 +14,80 @@ if TYPE_CHECKING:
     from spalign.training.guard import Probe
 
 
-def probe_of(job: TrainJob, tokenizer: Any, autocast: Any) -> Callable[[Any], Probe]:
-    """The guard's probe: the model in training answers a few training prompts, always the same and with the same seeds.
+class JobProber:
+    """The model in training answers a few training prompts, always the same and with the same seeds.
 
-    Its first call, before training, keeps its answers: what their log-probabilities lose later is the drift.
+    What its first answers' log-probabilities lose later is the drift. With several processes each asks, and what the first one found is
+    what all go by: the others found the same but for rounding, and all must come to the same verdict.
     """
-    from spalign.engines.transformers import TransformersEngine
-    from spalign.rollout import sample
-    from spalign.training.guard import Probe
 
-    few, bare = job.prompts, job.constitution.bare()
-    config = job.config.sample.model_copy(update={"n": 1})
-    chosen = [(r["prompt_ids"], r["chosen_ids"]) for r in job.rows[:: max(1, len(job.rows) // len(few))]][: len(few)]
-    own: list[tuple[Any, Any]] = []  # the first answers, as (prompt ids, answer ids)
-    first: list[float] = []
+    def __init__(self, job: TrainJob, tokenizer: Any, autocast: Any) -> None:
+        self._prompts, self._bare = job.prompts, job.constitution.bare()
+        self._sample = job.config.sample.model_copy(update={"n": 1})
+        self._seed, self._batch_size = job.config.seed, job.config.engine.batch_size
+        self._tokenizer, self._autocast = tokenizer, autocast
+        few = max(1, len(job.rows) // len(job.prompts))
+        self._chosen = [(r["prompt_ids"], r["chosen_ids"]) for r in job.rows[::few]][: len(job.prompts)]
 
-    def probe(model: Any) -> Probe:
+    def first(self, model: Any) -> dict[str, Any]:
+        import torch
+
+        with torch.no_grad():  # FSDP2 makes its buffers in the first pass: in inference mode they could not be trained with
+            model(input_ids=torch.tensor([self._chosen[0][0][:1]], device=model.device), use_cache=False)
+        with self._engine(model) as engine:
+            answers = self._answers(engine)
+            system = self._bare.system_variants[0].text
+            own = [(engine.encode_chat(p.with_system(system)), r.token_ids) for p, r in zip(self._prompts, answers, strict=True)]
+            own = [(list(prompt), list(answer)) for prompt, answer in own if answer]
+            logps = _flat(engine.loglikelihood(own))
+            found = self._figures(engine, answers, kl=0.0)
+        return _of_the_first({"own": own, "logps": logps, "figures": asdict(found)})  # type: ignore[no-any-return]
+
+    def again(self, model: Any, first: dict[str, Any]) -> Probe:
+        with self._engine(model) as engine:
+            answers = self._answers(engine)
+            logps = _flat(engine.loglikelihood([(tuple(p), tuple(a)) for p, a in first["own"]]))
+            kl = (sum(first["logps"]) - sum(logps)) / max(1, len(logps))
+            return _of_the_first(self._figures(engine, answers, kl=kl))  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _engine(self, model: Any) -> Iterator[Any]:
+        from spalign.engines.transformers import TransformersEngine
+
         training = model.training
         model.eval()
-        engine = TransformersEngine(getattr(model, "module", model), tokenizer, batch_size=job.config.engine.batch_size)
-        engine.autocast = autocast
-        groups = sample(engine, few, bare, config, seed=job.config.seed, purpose="probe")
-        answers = [r for g in groups for r in g.candidates]
-        if not own:
-            system = bare.system_variants[0].text
-            own.extend((engine.encode_chat(g.prompt.with_system(system)), r.token_ids) for g in groups for r in g.candidates if r.token_ids)
-        logps = [x for y in engine.loglikelihood(own) for x in y or ()]
-        first.extend(logps if not first else [])
-        likely = [x for y in engine.loglikelihood(chosen) for x in y or ()]
-        model.train(training)
-        n = len(answers)
+        try:
+            engine = TransformersEngine(getattr(model, "module", model), self._tokenizer, batch_size=self._batch_size)
+            engine.autocast = self._autocast
+            yield engine
+        finally:
+            model.train(training)
+
+    def _answers(self, engine: Any) -> list[Any]:
+        from spalign.rollout import sample
+
+        groups = sample(engine, self._prompts, self._bare, self._sample, seed=self._seed, purpose="probe")
+        return [r for g in groups for r in g.candidates]
+
+    def _figures(self, engine: Any, answers: list[Any], *, kl: float) -> Probe:
+        from spalign.training.guard import Probe
+
+        likely, n = _flat(engine.loglikelihood(self._chosen)), len(answers)
         return Probe(
             words=sum(r.words for r in answers) / n,
             repetition=sum(repetition(r.text) for r in answers) / n,
             empty=sum(not r.text.strip() for r in answers) / n,
-            kl=(sum(first) - sum(logps)) / max(1, len(logps)),
+            kl=kl,
             chosen=sum(likely) / max(1, len(likely)),
         )
 
-    return probe
+
+def _flat(found: Any) -> list[float]:
+    return [x for y in found for x in y or ()]
+
+
+def _of_the_first(found: Any) -> Any:
+    """What the first process found."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([found])[0]

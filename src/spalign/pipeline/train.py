@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spalign.config import OUTLETS
+from spalign.engines.make import give_memory_back
 from spalign.errors import NothingToTrainOn
 from spalign.pipeline.checkpoints import KEPT, hand_over, last_checkpoint, step_of
 from spalign.pipeline.context import Context, Policy, Step
@@ -51,6 +52,7 @@ def train_step(run: Context, base: str, policy: Policy, paired: Stage, prompts: 
                 job = _job(run, base, policy, list(paired.rows()), prompts, stage.folder, keep)
                 with _Shown(run, f"{base} train", lambda: stage.note(seconds=seconds(), tokens=0)) as watch:
                     trained = launched(job, watch) if run.config.train.accelerate else train_job(job, watch)
+                give_memory_back()  # the engine that is next may be another process
                 facts = _finish(job, trained)
             shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
             shutil.rmtree(stage.folder / KEPT / f"checkpoint-{facts['steps_kept']}", ignore_errors=True)  # it is `model`

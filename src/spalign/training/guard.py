@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spalign.config import GuardConfig
+from spalign.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +43,54 @@ def collapse(before: Probe, now: Probe, config: GuardConfig) -> str | None:
     return next((what for what, so in found.items() if so), None)
 
 
+class Prober(Protocol):
+    """Looks at a policy by what it answers."""
+
+    def first(self, model: Any) -> dict[str, Any]:
+        """As JSON: `figures`, a `Probe`'s, and what else later looks are held against."""
+        ...
+
+    def again(self, model: Any, first: dict[str, Any]) -> Probe: ...
+
+
 class CollapseGuard(TrainerCallback):  # type: ignore[misc]
-    """Probes every config.every_steps steps and after the last.
+    """Probes before the first step, every config.every_steps steps and after the last.
 
     A passing probe saves a checkpoint; a failing one stops training. Nothing else saves one, whatever `save_strategy` says, so every
-    checkpoint is of a policy that passed. Probes stand in the trainer's `log_history`, which checkpoints carry over a resume.
+    checkpoint is of a policy that passed. Probes, and what the first one found, stand in the trainer's `log_history`, which checkpoints
+    carry over a resume.
     """
 
-    def __init__(self, probe: Callable[[Any], Probe], before: Probe, config: GuardConfig) -> None:
-        self._probe, self._before, self._config = probe, before, config
+    def __init__(self, prober: Prober, config: GuardConfig) -> None:
+        self._prober, self._config = prober, config
+        self._first: dict[str, Any] = {}
         self.collapsed: str | None = None
+
+    @property
+    def before(self) -> Probe:
+        """Of the policy as it was before training."""
+        return Probe(**self._first["figures"])
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        kept = next((h["before"] for h in state.log_history if "before" in h), None)
+        if kept is None and state.global_step:  # what it was cannot be found out any more
+            raise DataError(
+                f"the checkpoint of step {state.global_step} is of an earlier version: what the policy was before training is not in it",
+                hint=f"remove {args.output_dir} to train from the start",
+            )
+        self._first = kept or self._prober.first(kwargs["model"])
+        if kept is None:
+            state.log_history.append({"step": 0, "before": self._first})
+        return control
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         last = state.global_step >= state.max_steps
         if state.global_step % self._config.every_steps and not last:
             control.should_save = False
             return control
-        now = self._probe(kwargs["model"])
+        now = self._prober.again(kwargs["model"], self._first)
         state.log_history.append({"step": state.global_step, **asdict(now)})
-        self.collapsed = collapse(self._before, now, self._config)
+        self.collapsed = collapse(self.before, now, self._config)
         control.should_save = self.collapsed is None
         control.should_training_stop = control.should_training_stop or self.collapsed is not None
         return control

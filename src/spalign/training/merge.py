@@ -53,16 +53,16 @@ def merge(adapter: Path, out: Path, *, model: str | None = None, dtype: str = "a
     base = model or _named_base(adapter, config)
 
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from spalign.engines.loading import load_model
+    from spalign.engines.loading import load_model, load_tokenizer
     from spalign.engines.models import resolve
 
     engine = EngineConfig(device="cpu", trust_remote_code=trust_remote_code)
     whole, tokenizer = load_model(base, engine, dtype=torch.float32)
     saved_as = AutoConfig.from_pretrained(resolve(base), trust_remote_code=trust_remote_code).dtype if dtype == "auto" else dtype
     if (adapter / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(str(adapter), trust_remote_code=trust_remote_code)
     merged, modules = _merged(whole, adapter, base)
     merged = merged.to(saved_as if isinstance(saved_as, torch.dtype) else getattr(torch, saved_as or "float32"))
     with clear_errors(out):

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from spalign.engines.tokens import end_of_turn
 from spalign.errors import DataError
 from spalign.training.groups import EncodedRow
 
-_MARK = "spalign"
 PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -58,14 +58,7 @@ class RowTokens:
 
     @cached_property
     def _end(self) -> tuple[list[int], list[int]]:
-        """What the template writes after an assistant's turn, and of that what ends the turn: up to the first special token, else all but
-        white space, else, where it writes nothing, EOS."""
-        turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
-        tail = str(self._tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_MARK)[2]
-        ids = self._plain(tail)
-        special = {*self._tokenizer.all_special_ids, *(i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special)}
-        cut = next((n for n, i in enumerate(ids, 1) if i in special), None)
-        return ids, ids[:cut] if cut else self._plain(tail.rstrip()) or [self._tokenizer.eos_token_id]
+        return end_of_turn(self._tokenizer)
 
     def _plain(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -16,13 +16,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
 )
 from transformers.trainer_utils import speed_metrics
 
+from spalign.engines.loading import load_tokenizer
 from spalign.errors import DataError
 from spalign.training.arguments import SPAConfig
 from spalign.training.batches import collate, moved, response_logps, without_groups_after
@@ -68,7 +68,7 @@ class SPATrainer(Trainer):  # type: ignore[misc]
         if processing_class is None:
             if not (name := model.config._name_or_path):
                 raise ValueError("the model names no tokenizer: give it as processing_class")
-            processing_class = AutoTokenizer.from_pretrained(name)
+            processing_class = load_tokenizer(name)
         self.train_dataset: Any
         self.eval_dataset: Any
         self._read = partial(read_groups, model=model, args=args, tokenizer=processing_class)
