@@ -119,6 +119,12 @@ def test_another_tokenizer_than_the_server_s_is_found_out(server: ModelServer, t
     other.save_pretrained(tmp_path)
     with pytest.raises(EngineError, match=r"another tokenizer or chat template"):
         OpenAIEngine.load("served", config(server, tokenizer=str(tmp_path)))
+    template = (tiny_model / "chat_template.jinja").read_text()
+    silent = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(template + silent)  # here it does not think; the server's does as it likes
+    with pytest.raises(EngineError, match=r"'served' thinks before it answers") as e:
+        OpenAIEngine.load("served", config(server, tokenizer=str(tmp_path)))
+    assert "enable_thinking" in e.value.hint
 
 
 def test_a_prompt_that_exceeds_the_window_is_named(engine: OpenAIEngine) -> None:

@@ -459,3 +459,48 @@ def test_a_checkpoint_that_does_not_fit_ends_training_with_what_to_do(tmp_path, 
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert run(config, only="train", make_engine=engine).new
+
+
+# -- what is lost and made again --------------------------------------------------------------------------------------
+
+
+def test_what_follows_on_a_part_that_was_made_again_is_done_again_only_where_the_part_is_another(tmp_path, tiny_model):
+    """A damaged part is removed, as the error says. An engine that repeats itself gives it back; another one does not."""
+    loose = {"prompts": 1, "max_length_ratio": 50, "max_repetition_rise": 1, "max_kl": 1e9, "max_chosen_drop": 1e9}
+    config = settings(tmp_path, tiny_model, ["keep"] * 3, shard_size=1, train={"guard": loose})
+    first = run(config, make_engine=engine).summary
+    assert first is not None
+    sampled, folder = config.folder / "iteration-1/1-sample", config.folder
+
+    def again(make: Any) -> Any:
+        for name in ("part-00001.jsonl", "manifest.json"):
+            (sampled / name).unlink()
+        return run(config, make_engine=make)
+
+    def times() -> dict[str, int]:
+        files = [*folder.rglob("part-*.jsonl"), *folder.rglob("manifest.json")]
+        return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in files if ".replaced-" not in str(f)}
+
+    before = times()
+    same = again(engine)
+    assert same.new
+    part = ("part-00001.jsonl", "manifest.json")
+    assert {f for f, at in times().items() if at != before[f]} == {f"iteration-1/1-sample/{f}" for f in part}
+    assert all(same.summary[name] == first[name] for name in ("gate", "measures", "prompts"))
+
+    def other(messages: tuple[Message, ...], seed: int) -> str:
+        return reply(messages, seed).replace("2 keep", "2 keeps")
+
+    before = times()
+    changed = again(lambda _="": ScriptedEngine(other, score))
+    now = times()
+    redone = {f for f, at in now.items() if at != before.get(f)}
+    parts = {f"iteration-1/{stage}/{f}" for stage in ("1-sample", "2-evaluate", "3-refine") for f in part}
+    assert {f for f in redone if "iteration-1/" in f and f.split("/")[1][0] in "123"} == parts
+    assert {f"iteration-1/{stage}/manifest.json" for stage in ("4-denoise", "5-pair", "6-train")} <= redone
+    held_out = {f for f in redone if f.startswith("evaluation/")}  # the new model is asked; its answers, scripted, are those of the old one
+    assert held_out == {f"evaluation/after/1-sample/{f}" for f in ("part-00000.jsonl", "part-00001.jsonl", "manifest.json")}
+    assert (folder / "iteration-1/6-train.replaced-1/model").is_dir()
+    assert (folder / "iteration-1/2-evaluate/replaced-1.part-00001.jsonl").exists()
+    assert changed.summary["digest"] != first["digest"]
+    assert not run(config, make_engine=engine).new

@@ -101,6 +101,8 @@ def test_calls_of_tools_are_part_of_an_answer() -> None:
     assert sides({**ROW, "chosen": LOOK, "rejected": silent}, CALLS)[1:] == ((11, 40, 2), (40, 2))
     arrow = [{"role": "assistant", "content": "w11", "tool_calls": None}]  # a column that other rows fill
     assert sides({**ROW, "chosen": arrow, "rejected": LOOK}, CALLS)[1:] == ((11, 2), (11, 40, 2))
+    noted = [{"role": "assistant", "content": "w11", "id": "x1", "train": True}]  # nothing that is said
+    assert sides({"prompt": "w10", "chosen": noted, "rejected": "w12"}, CALLS)[1] == (11, 1)
     asked = [*chat("w10"), *silent, {"role": "user", "content": "w12"}]
     assert sides({**ROW, "prompt": asked}, CALLS)[0] == (3, 10, 2, 5, 4, 40, 2, 5, 3, 12, 2, 5, 4)
 
@@ -119,6 +121,9 @@ def test_parts_that_are_given_as_ids_are_taken_as_they_are() -> None:
     # what both begin with alike is no prompt where there is one
     alike = {"chosen": "w10 w11", "rejected": "w10 w12"}
     assert sides({"prompt_ids": [9], **alike}) == ((9,), (10, 11, 1), (10, 12, 1))
+    # the prompt as it was generated for, and its turns, which say how an answer ends
+    both = {"prompt": chat("w10"), "prompt_ids": [9]}
+    assert sides({**both, "chosen": "w11", "rejected": answer("w12")}) == ((9,), (11, 2), (12, 2))
     with pytest.raises(DataError, match="row 7 has prompt_ids and turns"):
         sides({"prompt_ids": [9], "chosen": answer("w11"), "rejected": answer("w12")})
     with pytest.raises(DataError, match="row 7 has no rejected"):

@@ -728,36 +728,72 @@ def test_a_finished_stage_of_the_same_inputs_is_taken_from_another_run(tmp_path:
     assert not Stage(tmp_path / "c/1", {"n": 1}).take_from(tmp_path / "a/1")  # what was trained stays where it is
 
 
-def test_what_was_made_from_rows_that_were_made_again_is_named_and_that_part_alone_is_done_again(tmp_path: Path) -> None:
-    source = stage_at(tmp_path)
+def made_again(stage: Stage, name: str, work: Any) -> None:
+    """As a damaged part is: it and the manifest are removed, and the stage is done again."""
+    for left in (name, "manifest.json"):
+        (stage.folder / left).unlink()
+    run_in_parts(stage, [1, 2, 3], 1, work)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_of_what_was_made_from_rows_that_are_others_now_that_part_alone_is_done_again(tmp_path: Path, killed: bool) -> None:
+    source, said, seen = stage_at(tmp_path), list[str](), list[int]()
 
     def over() -> Stage:
-        return Stage(tmp_path / "2-evaluate", {"from": source.digest}, made_from=(source,))
+        return Stage(tmp_path / "2-evaluate", {"from": source.digest}, said.append, over=source)
 
-    def goes_on(seen: list[Any]) -> dict[str, Any]:
-        over().check_sources()
-        return run_over_parts(over(), source, decode_row, lambda items: (seen.extend(i["n"] for i in items), list(items))[1])
+    def work(items: Any) -> Any:
+        if killed and len(seen) == 2:
+            seen.append(0)
+            raise KeyboardInterrupt
+        seen.extend(i["n"] for i in items)
+        return list(items)
 
     run_in_parts(source, [1, 2, 3], 1, double)
-    goes_on([])
-    goes_on(seen := [])
-    assert seen == []
-    for name in ("part-00001.jsonl", "manifest.json"):
-        (source.folder / name).unlink()
-    run_in_parts(source, [1, 2, 3], 1, double)
-    goes_on(seen)  # made again as it was: nothing to say
-    for name in ("part-00001.jsonl", "manifest.json"):
-        (source.folder / name).unlink()
-    run_in_parts(source, [1, 2, 3], 1, lambda items: [{"n": 100 + i} for i in items])
-    with pytest.raises(RunFolderError, match=r"2-evaluate: it was made from part-00001\.jsonl of .*1-sample as they were") as e:
-        goes_on(seen)
-    assert "remove the parts of these numbers there, and manifest.json" in e.value.hint
-    assert not Stage(tmp_path / "other", {"from": source.digest}, made_from=(source,)).take_from(tmp_path / "2-evaluate")
-    for name in ("part-00001.jsonl", "manifest.json"):
-        (over().folder / name).unlink()
-    goes_on(seen)
-    assert seen == [102]
+    with pytest.raises(KeyboardInterrupt) if killed else contextlib.nullcontext():
+        run_over_parts(over(), source, decode_row, work)
+    seen.clear()
+    made_again(source, "part-00001.jsonl", double)  # as it was: nothing to do again
+    assert (over().manifest() is None) == killed
+    made_again(source, "part-00001.jsonl", lambda items: [{"n": 100 + i} for i in items])
+    assert over().manifest() is None
+    assert not Stage(tmp_path / "other", {"from": source.digest}, over=source).take_from(tmp_path / "2-evaluate")
+    again = over()
+    again.begin()
+    assert over().manifest() is None  # also between the beginning and the end
+    run_over_parts(again, source, decode_row, work)
+    assert seen == ([102, 6] if killed else [102])
     assert [r["n"] for r in over().rows()] == [2, 102, 6]
+    aside = tmp_path / "2-evaluate/replaced-1.part-00001.jsonl"
+    assert aside.read_bytes() == b'{"n":4}\n'
+    assert said == [f"{tmp_path}/2-evaluate/part-00001.jsonl: made from other rows; set aside as {aside.name}"]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_what_was_made_of_all_rows_is_set_aside_as_a_whole(tmp_path: Path, done: bool) -> None:
+    source, said = stage_at(tmp_path), list[str]()
+
+    def whole() -> Stage:
+        return Stage(tmp_path / "6-train", {"from": source.digest}, said.append, [source])
+
+    run_in_parts(source, [1, 2, 3], 1, double)
+    stage = whole()
+    stage.begin()
+    (stage.folder / "model").mkdir()
+    if done:
+        stage.finish()
+        assert whole().manifest() is not None
+    after = Stage(tmp_path / "after", {}, made_from=[whole()])
+    run_in_parts(after, [1], 1, double)
+    made_again(source, "part-00001.jsonl", lambda items: [{"n": 100 + i} for i in items])
+    stage = whole()
+    assert stage.manifest() is None
+    stage.begin()
+    assert not (stage.folder / "model").exists()
+    assert (tmp_path / "6-train.replaced-1/model").is_dir()
+    assert said == [f"{tmp_path}/6-train: what is there was made from other rows; set aside as 6-train.replaced-1"]
+    stage.finish(steps=9)
+    assert (after.manifest() is None) == done  # of a stage without parts, what its manifest says
 
 
 def test_a_part_made_again_counts_though_a_kill_came_before_its_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,8 @@ class EngineConfig(Part):
     def matters(self) -> dict[str, Any]:
         """What results depend on, for a stage's digest: not how many at a time, nor where a server is and how patiently it is asked."""
         batching = {"batching": self.batching} if self.batching == "continuous" else {}
-        return {**self.model_dump(include=_ALIKE), **batching, "kind": self.by}
+        device = {"device": self.device.partition(":")[0]}  # which of several like GPUs does not matter
+        return {**self.model_dump(include=_ALIKE), **device, **batching, "kind": self.by}
 
     def here(self) -> EngineConfig:
         """How a model that the run itself made is run: no server has it."""

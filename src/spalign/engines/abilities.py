@@ -52,6 +52,11 @@ def probe(endpoint: Endpoint, model: str, tokens: ChatTokens | None) -> Abilitie
     if tokens and not counted:
         _note(f"{endpoint.url} does not say how many tokens it reads: whether '{model}' has the tokenizer named here is not known")
     if tokens and counted and counted != (own := len(tokens.chat(_HELLO))):
+        if counted == len(tokens.chat(_HELLO, thinking=True)):
+            raise EngineError(
+                f"{endpoint.url}: '{model}' thinks before it answers, and its answers are to be judged and trained on",
+                hint="have the server switch it off; vLLM: --default-chat-template-kwargs '{\"enable_thinking\": false}'",
+            )
         raise EngineError(
             f"{endpoint.url}: '{model}' reads a question of {own} tokens as {counted}: it has another tokenizer or chat template",
             hint="set engine.tokenizer to the very model that is served, and serve it with its own chat template",

@@ -29,6 +29,7 @@ LARGEST = 64 << 20
 """Bytes that a reply may have; the log-probabilities of a prompt of 100,000 tokens are about 16 MB."""
 CONNECT = 10.0
 """Seconds in which a server must take a connection, however long its answers may take."""
+_NO_KEY = "none"
 _TURN = 0.02
 """Seconds after which a call that has no slot looks for one again."""
 
@@ -167,7 +168,7 @@ class Endpoint:
         try:
             return openai.AsyncOpenAI(
                 base_url=self.url,
-                api_key=key or "none",
+                api_key=key or _NO_KEY,
                 max_retries=own.max_retries,
                 default_headers={"Accept-Encoding": "identity"},
                 http_client=openai.DefaultAsyncHttpxClient(
@@ -216,7 +217,8 @@ class Endpoint:
 
 async def _without_key(request: Any) -> None:
     """The client wants a key, and writes one into every request."""
-    request.headers.pop("Authorization", None)
+    if request.headers.get("Authorization") == f"Bearer {_NO_KEY}":  # not one of OPENAI_CUSTOM_HEADERS
+        del request.headers["Authorization"]
 
 
 def _capped(response: Any) -> Any:

@@ -40,12 +40,13 @@ class ChatTokens:
         with self._turn:
             return list(self.tokenizer(text, **how)["input_ids"])
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation with the assistant's turn opened."""
+    def chat(self, messages: Sequence[Message], *, thinking: bool = False) -> list[int]:
+        """The conversation with the assistant's turn opened. thinking: as the template has it where nobody says anything."""
         turns = [{"role": m.role, "content": self.defused(m.content)} for m in messages]
+        how: dict[str, Any] = {} if thinking else self._how
         try:
             with self._turn:
-                ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False, **self._how)
+                ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False, **how)
                 return list(ids)
         except Exception as e:  # jinja raises what the template asks it to
             raise ModelError(

@@ -142,10 +142,20 @@ class Policy:
     """A model by name or folder, loaded when first used. `digest` says which model it is without loading it.
 
     served: it runs on a server. weights: where the model is that can be trained; default: `name`, None for a served one that is not here.
+    made_by: the stage that trained it.
     """
 
-    def __init__(self, name: str, digest: str, factory: EngineFactory, *, served: bool = False, weights: str | None = None) -> None:
-        self.name, self.digest, self._factory, self.served = name, digest, factory, served
+    def __init__(
+        self,
+        name: str,
+        digest: str,
+        factory: EngineFactory,
+        *,
+        served: bool = False,
+        weights: str | None = None,
+        made_by: Stage | None = None,
+    ) -> None:
+        self.name, self.digest, self._factory, self.served, self.made_by = name, digest, factory, served, made_by
         self.weights = weights or (None if served else name)
         self._engine: MeteredEngine | None = None
         self._loading = threading.Lock()

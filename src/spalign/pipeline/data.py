@@ -31,7 +31,7 @@ def sample_step(run: Context, base: str, policy: Policy, judging: Judging, promp
         "iteration": iteration,
         "shard_size": config.shard_size,
     }
-    stage = run.folder.stage(f"{base}/1-sample", inputs)
+    stage = run.folder.stage(f"{base}/1-sample", inputs, policy.made_by)
 
     def do() -> dict[str, Any]:
         check_scorers(judging.judge.engine.inner, run.objectives, judging.judgements())  # before anything is sampled
@@ -54,7 +54,7 @@ def sample_step(run: Context, base: str, policy: Policy, judging: Judging, promp
 
 def evaluate_step(run: Context, base: str, judging: Judging, config: RunConfig, sampled: Stage, *, name: str = "2-evaluate") -> Step:
     """2-evaluate: every finished candidate scored on every objective."""
-    stage = run.folder.stage(f"{base}/{name}", {"from": sampled.digest, **judging.inputs, "shard_size": config.shard_size}, sampled)
+    stage = run.folder.stage(f"{base}/{name}", {"from": sampled.digest, **judging.inputs, "shard_size": config.shard_size}, over=sampled)
 
     def do() -> dict[str, Any]:
         judgements = judging.judgements()
@@ -85,7 +85,7 @@ def refine_step(run: Context, base: str, policy: Policy, judging: Judging, confi
         "seed": config.seed,
         **({} if config.denoise.enabled else {"denoise": False}),  # then nearly every prompt gets one
     }
-    stage = run.folder.stage(f"{base}/3-refine", inputs, scored)
+    stage = run.folder.stage(f"{base}/3-refine", inputs, over=scored)
 
     def do() -> dict[str, Any]:
         judgements, objectives = judging.judgements(), judging.resolved()

@@ -29,10 +29,10 @@ def evaluation_steps(run: Context, when: str, policy: Policy, judging: Judging, 
         "engine": config.engine.matters(),
         "shard_size": config.shard_size,
     }
-    answered = run.folder.stage(f"evaluation/{when}/1-sample", inputs)
+    answered = run.folder.stage(f"evaluation/{when}/1-sample", inputs, policy.made_by)
     against = rivals or answered
     asked = {"from": answered.digest, "rivals": against.digest, **judging.inputs, "shard_size": config.shard_size}
-    judged = run.folder.stage(f"evaluation/{when}/2-judge", asked, answered, against)
+    judged = run.folder.stage(f"evaluation/{when}/2-judge", asked, rivals, over=answered)
     judge = judging.judge
 
     def answer() -> dict[str, Any]:

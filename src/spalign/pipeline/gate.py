@@ -37,7 +37,7 @@ def gate_step(run: Context, judging: Judging, before: Sequence[Step], after: Sta
         "bootstrap": config.evaluation.bootstrap,
         "seed": config.seed,
     }
-    stage = run.folder.stage("evaluation/gate", inputs)
+    stage = run.folder.stage("evaluation/gate", inputs, before[-1].stage, after)
     gate = _Gate(run, judging, before, trained, start)
     return Step("gate", stage, lambda: gate.do(stage, after))
 
@@ -99,7 +99,7 @@ class _Gate:
             stage = self.trained[iteration - 1]
             model = stage.folder / "model"
             if model.is_dir():
-                policy = Policy(str(model), stage.digest, self.run.make_engine)
+                policy = Policy(str(model), stage.digest, self.run.make_engine, made_by=stage)
                 yield {"iteration": iteration, "step": None}, *self._judged(f"iteration-{iteration}", policy)
 
     def _judged(self, name: str, policy: Policy) -> tuple[GateResult, list[dict[str, Any]]]:
@@ -124,7 +124,7 @@ class _Gate:
             made()
             return self.run.make_engine(name)
 
-        policy = Policy(str(target), f"{self.trained[-1].digest}/{checkpoint.name}", load)
+        policy = Policy(str(target), f"{self.trained[-1].digest}/{checkpoint.name}", load, made_by=self.trained[-1])
         result, manifests = self._judged(checkpoint.name, policy)
         if result.passed:
             made()

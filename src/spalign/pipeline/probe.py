@@ -26,8 +26,8 @@ class JobProber:
         self._sample = job.config.sample.model_copy(update={"n": 1})
         self._seed, self._batch_size = job.config.seed, job.config.engine.batch_size
         self._tokenizer, self._autocast = tokenizer, autocast
-        few = max(1, len(job.rows) // len(job.prompts))
-        self._chosen = [(r["prompt_ids"], r["chosen_ids"]) for r in job.rows[::few]][: len(job.prompts)]
+        stride = max(1, len(job.rows) // len(job.prompts))
+        self._chosen = [(r["prompt_ids"], r["chosen_ids"]) for r in job.rows[::stride]][: len(job.prompts)]
 
     def first(self, model: Any) -> dict[str, Any]:
         import torch

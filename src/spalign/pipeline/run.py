@@ -130,7 +130,7 @@ def _plan(run: Context) -> tuple[list[Step], list[Policy], Judging]:
         paired = next(s.stage for s in data if s.name == "pair")
         trained = train_step(run, base, policy, paired, prompts)
         steps += [*data, trained]
-        start, policy = policy, Policy(str(trained.stage.folder / "model"), trained.stage.digest, run.make_engine)
+        start, policy = policy, Policy(str(trained.stage.folder / "model"), trained.stage.digest, run.make_engine, made_by=trained.stage)
         policies.append(policy)
     assert first is not None
     before = evaluation_steps(run, "before", frozen, first)
@@ -177,11 +177,15 @@ def _greet(run: Context, policy: Policy, steps: Sequence[Step]) -> None:
 
 
 def _do(steps: Sequence[Step], run: Context) -> bool:
-    """Do what is not done; True if there was anything. Raises RunFolderError where what is done was made from rows that are others now."""
+    """Do what is not done, in order: what is done again may be other than it was, and then what was made from it is not done, either.
+
+    True if there was anything.
+    """
+    did = False
     for step in steps:
-        step.stage.check_sources()
-    todo = [s for s in steps if s.stage.manifest() is None]
-    for step in todo:
+        if step.stage.manifest() is not None:
+            continue
+        did = True
         if run.config.data_from and step.stage.take_from(Path(run.config.data_from) / step.stage.folder.relative_to(run.folder.path)):
             continue
         try:
@@ -189,7 +193,7 @@ def _do(steps: Sequence[Step], run: Context) -> bool:
         except EngineFailed as e:
             e.hint += "; everything finished is kept, and the same command goes on"
             raise
-    return bool(todo)
+    return did
 
 
 def _one_stage(run: Context, steps: Sequence[Step], only: str) -> Outcome:

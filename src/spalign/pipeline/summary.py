@@ -25,7 +25,7 @@ TRANSCRIPTS = 3
 def summarise(run: Context, steps: Sequence[Step], policies: Sequence[Policy], judging: Judging) -> dict[str, Any]:
     """The summary of a finished run, from its manifests and the judged held-out answers."""
     done = {str(s.stage.folder.relative_to(run.folder.path)): s.stage.manifest() or {} for s in steps}
-    key = digest([SCHEMA, run.config.on_record(), *(s.stage.digest for s in steps)])
+    key = digest([SCHEMA, run.config.on_record(), done])
     if (old := read_json(run.folder.path / "summary.json")) and old.get("digest") == key:
         return dict(old)
     own_pairs = [(w, m) for w, m in done.items() if w.endswith("/5-pair") and "/compare-" not in w]

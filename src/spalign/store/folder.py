@@ -84,8 +84,8 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def stage(self, where: str, inputs: Mapping[str, Any], *made_from: Stage) -> Stage:
-        return Stage(self.path / where, inputs, self.tell, made_from)
+    def stage(self, where: str, inputs: Mapping[str, Any], *made_from: Stage | None, over: Stage | None = None) -> Stage:
+        return Stage(self.path / where, inputs, self.tell, [source for source in made_from if source], over)
 
 
 def _holds_any(path: Path) -> bool:

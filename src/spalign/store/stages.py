@@ -3,8 +3,9 @@
 A part is written to a temporary name, synced and renamed. A stage's `manifest.json` is written last: its presence means done. A stage
 knows the digest of all that it depends on; done with the same digest, it is not run again; with another one, it is set aside, never
 deleted. What is finished of a part in work stands in a journal of its own. Before a part is there, its SHA-256 is added to `parts.sha256`:
-what goes on with the part later looks whether it still is what was written. The manifest has the SHA-256 of the parts, and of those that
-they were made from.
+what goes on with the part later looks whether it still is what was written. `made_from.json` has those of the parts that the stage is made
+from: where these are others later (one was lost and made again, and engines need not repeat themselves), what was made from them is set
+aside and done again.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from spalign.store.journal import Journal
 
 PART_BYTES = 1 << 25
 SUMS = "parts.sha256"
-WHOLE = "4-denoise, 5-pair, 6-train and what is trained or judged after them"
-"""Stages of which a part is not made from the same part before it."""
+MADE_FROM = "made_from.json"
+"""By source, the SHA-256 of the parts that the work beside it is made from."""
 
 
 class Part(NamedTuple):
@@ -78,14 +79,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 class Stage:
     """One stage on disk.
 
-    inputs: everything that its result depends on. made_from: the stages whose rows it goes over. tell: told where work of other inputs is
-    set aside.
+    inputs: everything that its result depends on. made_from: stages whose rows it is made from, as a whole; over: one, part by part. tell:
+    told where work of other inputs or rows is set aside.
     """
 
     def __init__(
-        self, folder: Path, inputs: Mapping[str, Any], tell: Callable[[str], None] = lambda _: None, made_from: Sequence[Stage] = ()
+        self,
+        folder: Path,
+        inputs: Mapping[str, Any],
+        tell: Callable[[str], None] = lambda _: None,
+        made_from: Sequence[Stage] = (),
+        over: Stage | None = None,
     ) -> None:
-        self.folder, self.inputs, self._tell, self._made_from = folder, dict(inputs), tell, tuple(made_from)
+        self.folder, self.inputs, self._tell, self._made_from, self._over = folder, dict(inputs), tell, tuple(made_from), over
         self.digest = digest(self.inputs)
         self.healed = 0
         """Torn lines of journals that this stage has had."""
@@ -99,19 +105,24 @@ class Stage:
         return self.folder.name
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest, if the stage is done with these inputs."""
+        """The manifest, if the stage is done with these inputs, from the rows that now stand before it."""
         found = read_manifest(self.folder)
-        return found if found and found["digest"] == self.digest else None
+        return found if found and found["digest"] == self.digest and self._changed(self.folder) == set() else None
 
     def begin(self) -> dict[str, Any]:
-        """Make the folder ready and return what an interrupted run left (`seconds`, `tokens`). Another input's work is set aside."""
+        """Make the folder ready; what an interrupted run left (`seconds`, `tokens`). Work of other inputs or rows is set aside."""
         progress = self._progress()
+        if progress and progress["digest"] == self.digest:
+            self._keep_what_holds()
+            progress = self._progress()
         if progress is None or progress["digest"] != self.digest:
-            self._set_aside()
+            self._set_aside("other inputs")
             with clear_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             progress = {"digest": self.digest, "seconds": 0.0, "tokens": 0}
             write_json(self.folder / "progress.json", progress)
+        if (sources := self._sources()) and sources != read_json(self.folder / MADE_FROM):
+            write_json(self.folder / MADE_FROM, sources)
         self.healed = progress.get("healed", 0)
         with clear_errors(self.folder), contextlib.suppress(FileNotFoundError):
             lines = (self.folder / SUMS).read_text("ascii", "replace").splitlines()
@@ -136,7 +147,7 @@ class Stage:
             raise RunFolderError(f"{path}: damaged: no {wrong[0]}", hint=hint)
         return found
 
-    def _set_aside(self) -> None:
+    def _set_aside(self, why: str) -> None:
         """Where there is anything but what a kill left of a beginning."""
         with clear_errors(self.folder):
             if not self.folder.exists():
@@ -147,7 +158,7 @@ class Stage:
             while (aside := self.folder.with_name(f"{self.folder.name}.replaced-{n}")).exists():
                 n += 1
             self.folder.rename(aside)
-        self._tell(f"{self.folder}: what is there was made from other inputs; set aside as {aside.name}")
+        self._tell(f"{self.folder}: what is there was made from {why}; set aside as {aside.name}")
 
     def take_from(self, other: Path) -> bool:
         """Make another run's finished stage of the same inputs this one's, by links where the file system has them; False: it is none.
@@ -157,7 +168,8 @@ class Stage:
         found = read_manifest(other)
         if not found or found["digest"] != self.digest or any(p.is_dir() for p in other.iterdir()):
             return False
-        if why := self._other_rows(found) or _damaged(other, found["parts"]):
+        why = _damaged(other, found["parts"]) or ("made from other rows" if self._changed(other) != set() else None)
+        if why:
             self._tell(f"{other}: not taken: {why}")
             return False
         self.begin()
@@ -168,21 +180,49 @@ class Stage:
                 link(other / name, self.folder / name)
         return True
 
-    def _other_rows(self, manifest: Mapping[str, Any]) -> str | None:
-        """Where the stage of that manifest was made from other rows than those that now stand before it, in words."""
-        for source, then in zip(self._made_from, manifest.get("made_from", ()), strict=False):
-            now = (read_manifest(source.folder) or {"parts": then})["parts"]
-            if changed := [name for name in now | then if now.get(name) != then.get(name)]:
-                return f"it was made from {', '.join(changed[:8])} of {source.folder} as they were before these were made again"
-        return None
+    def _content(self) -> dict[str, str] | None:
+        """What this stage gives to others: its parts' SHA-256, of one without parts its manifest's; None where it is not finished."""
+        found = read_manifest(self.folder)
+        if not found or found["digest"] != self.digest:
+            return None
+        return found["parts"] or {"manifest.json": hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()}
 
-    def check_sources(self) -> None:
-        """Raises RunFolderError where the finished stage was made from other rows than those that now stand before it."""
-        if (found := self.manifest()) and (why := self._other_rows(found)):
-            raise RunFolderError(
-                f"{self.folder}: {why}",
-                hint=f"remove the parts of these numbers there, and manifest.json: they alone are done again; of {WHOLE} remove the folder",
-            )
+    def _sources(self) -> dict[str, dict[str, str] | None]:
+        """By name, what the stages give that this one is made from."""
+        named = {f"from {n}": stage for n, stage in enumerate(self._made_from)} | ({"over": self._over} if self._over else {})
+        return {name: stage._content() for name, stage in named.items()}
+
+    def _changed(self, folder: Path) -> set[str] | None:
+        """Parts of `over` that are others than when the work in `folder` was made from them; None: all of it was made from other rows.
+
+        What is not known (a source that is not finished yet, work of an earlier version) is taken to be as it was.
+        """
+        then, changed = read_json(folder / MADE_FROM) or {}, set[str]()
+        for name, now in self._sources().items():
+            before = then.get(name)
+            if now is None or before is None or now == before:
+                continue
+            if name != "over" or not isinstance(before, dict):
+                return None
+            changed |= {part for part in now | before if now.get(part) != before.get(part)}
+        return changed
+
+    def _keep_what_holds(self) -> None:
+        """Set aside what was made from other rows than those that now stand before it: the parts, or the whole stage."""
+        if (changed := self._changed(self.folder)) is None:
+            self._set_aside("other rows")
+            return
+        for name in sorted(changed):
+            if (part := self.folder / name).exists():
+                n = 1
+                while (aside := part.with_name(f"replaced-{n}.{name}")).exists():
+                    n += 1
+                with clear_errors(part):
+                    part.rename(aside)
+                self._tell(f"{part}: made from other rows; set aside as {aside.name}")
+        if changed:  # it is not done any more
+            with clear_errors(self.folder):
+                (self.folder / "manifest.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def recording(self, number: int) -> Iterator[Journal]:
@@ -264,8 +304,7 @@ class Stage:
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write the manifest: the stage is done."""
         parts = {p.name: self._hashes.get(p.name) or hashlib.sha256(p.read_bytes()).hexdigest() for p in self.parts()}
-        made_from = {"made_from": [(read_manifest(s.folder) or {"parts": {}})["parts"] for s in self._made_from]} if self._made_from else {}
-        manifest = {"digest": self.digest, "inputs": self.inputs, "parts": parts, **made_from, "versions": versions(), **facts}
+        manifest = {"digest": self.digest, "inputs": self.inputs, "parts": parts, "versions": versions(), **facts}
         write_json(self.folder / "manifest.json", manifest)
         with clear_errors(self.folder):
             for left in (*self.folder.glob("journal-*.jsonl"), *self.folder.glob("*.json*.tmp")):  # of a process that was killed

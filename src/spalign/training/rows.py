@@ -12,6 +12,8 @@ from spalign.errors import DataError
 from spalign.training.groups import EncodedRow
 
 PARTS = ("prompt", "chosen", "rejected")
+_SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What templates write of a turn beside its content."""
 
 
 class RowTokens:
@@ -110,13 +112,14 @@ def _encoded(row: Mapping[str, Any], name: str, tokens: RowTokens, given: Sequen
 
 def _parts(row: Mapping[str, Any], name: str, given: Sequence[Any]) -> tuple[Any, Any, Any]:
     """prompt (text or turns), chosen, rejected; None for what is given as ids."""
-    prompt, chosen, rejected = (row.get(part) if ids is None else None for part, ids in zip(PARTS, given, strict=True))
+    prompt = row.get("prompt")
+    chosen, rejected = (row.get(part) if ids is None else None for part, ids in zip(PARTS[1:], given[1:], strict=True))
     for side, part, ids in zip((chosen, rejected), PARTS[1:], given[1:], strict=True):
         if side is None and ids is None:
             raise DataError(f"row {name} has no {part}", hint="rows need prompt, chosen and rejected (TRL's preference format)")
-    if given[0] is not None:
+    if given[0] is not None and prompt is None:
         if isinstance(chosen, list) or isinstance(rejected, list):  # a turn follows on turns
-            raise DataError(f"row {name} has prompt_ids and turns", hint="give ids of all three, or of none, or completions as text")
+            raise DataError(f"row {name} has prompt_ids and turns", hint="give the prompt as turns, too, or all three as ids")
         return None, chosen, rejected
     whole = isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1
     if whole and not isinstance(prompt, list):
@@ -142,8 +145,8 @@ def _alike(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def _beside_text(turn: Mapping[str, Any]) -> list[str]:
-    """What a turn has that is no text of the conversation; columns of Arrow have nothing where a turn has none."""
-    return [key for key, value in turn.items() if key not in ("role", "content") and value]
+    """What a turn says that is not its content; columns of Arrow have nothing where a turn has none."""
+    return [key for key in _SAID if turn.get(key)]
 
 
 def _says(turn: Mapping[str, Any]) -> bool:
