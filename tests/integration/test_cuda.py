@@ -26,7 +26,7 @@ from spalign.engines.base import Completion, GenerateRequest, Sampling
 from spalign.engines.continuous import ContinuousEngine
 from spalign.engines.make import load_engine
 from spalign.engines.transformers import TransformersEngine
-from spalign.training.batches import _to, collate, prepare, response_logps
+from spalign.training.batches import collate, moved, prepare, response_logps
 from spalign.training.groups import TrainingGroup
 from spalign.training.norms import rms_norm
 from spalign.training.trainer import SPATrainer
@@ -71,7 +71,7 @@ def test_the_numbers_of_a_row_of_its_own_on_the_cpu(family: str, changes: dict[s
     pull = torch.linspace(-1, 2, len(plain))
     (plain * pull).sum().backward()
     assert prepare(there, attention) == LAYOUT[attention]
-    means, _ = response_logps(there, _to(collate(mine, layout=LAYOUT[attention], pad=PAD), there.device))  # type: ignore[arg-type]
+    means, _ = response_logps(there, moved(collate(mine, layout=LAYOUT[attention], pad=PAD), there.device))  # type: ignore[arg-type]
     assert float(((means.cpu() - plain) / plain).detach().abs().max()) < 2e-5
     (means * pull.cuda()).sum().backward()
     assert gap(gradient_there(there), gradient(model)) < 1e-4

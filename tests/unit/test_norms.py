@@ -32,15 +32,35 @@ def test_it_is_llama_s_to_the_bit(hidden: torch.dtype, weight: torch.dtype, auto
     torch.testing.assert_close(got, want, **close)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+def test_its_gradient_by_finite_differences_over_stretches(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spalign.training.norms.STRETCH", 2 * 6)  # two tokens at a time
+    torch.manual_seed(tokens)
+    norm, x = LlamaRMSNorm(6, eps=1e-5), torch.randn(tokens, 6, requires_grad=True)
+    nn.init.normal_(norm.weight)
+    pull = torch.randn(tokens, 6)
+    got, want = (torch.autograd.grad((y * pull).sum(), (x, norm.weight)) for y in (rms_norm(x, norm.weight, 1e-5), norm(x)))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    step = torch.zeros_like(x)
+    step[-1, 2] = 1e-2
+    double = norm.double()
+    up, down = ((double((x + s).detach().double()) * pull).sum() for s in (step, -step))
+    assert float(got[0][-1, 2]) == pytest.approx(float((up - down).detach() / 2e-2), rel=1e-2, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("kind", "fused"), [(LlamaRMSNorm, True), (MistralRMSNorm, True), (Qwen3RMSNorm, True), (Gemma2RMSNorm, False), (Olmo2RMSNorm, False)]
 )
 def test_which_are_fused(kind: type, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spalign.training.norms.rms_norm", lambda *_: pytest.fail("there is no kernel for a CPU"))
     model = nn.Sequential(kind(8), nn.LayerNorm(8))
     x = torch.randn(3, 8)
     want = model(x)
     fuse_norms(model)
+    assert torch.equal(model(x), want)
+    monkeypatch.setattr("spalign.training.norms.rms_norm", lambda *_: pytest.fail("nobody wants a gradient"))
+    with torch.no_grad():
+        assert torch.equal(model(x), want)
+    model.requires_grad_(False)
     assert ("forward" in vars(model[0])) == fused
     assert "forward" not in vars(model[1])
     assert torch.equal(model(x), want)

@@ -41,16 +41,19 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, direction, kept = ctx.saved_tensors
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
-        # tiles are added up in fp32, whatever they are computed in
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if to_weight else None
+        # tiles are added up in fp32, whatever they are computed in; pulls that were kept are one product
+        whole = kept is not None and to_weight
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if to_weight and not whole else None
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and to_bias else None
-        if to_weight or to_bias:
+        if whole:
+            d_weight = kept.T @ (hidden * grad[:, None]).to(kept.dtype)
+        if d_bias is not None or (to_weight and not whole):
             tile = _Tile(len(hidden), weight, bias, *ctx.how)
             for at in tile.slices:
                 pull = kept[at] if kept is not None else tile.pull(hidden[at], target[at], None)[1]
                 if d_bias is not None:
                     d_bias += grad[at] @ pull.float()
-                if d_weight is not None:
+                if d_weight is not None and not whole:
                     d_weight += pull.T @ (hidden[at] * grad[at, None]).to(pull.dtype)
         return (
             direction * grad[:, None].to(direction.dtype) if to_hidden else None,

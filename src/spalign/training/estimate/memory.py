@@ -115,13 +115,13 @@ def layer_kept(plan: Plan) -> float:
     log-sum-exp, 4 H a query; a mask as bf16, 2 B an element. Each of the T tokens further:
 
     full (fp32 residual stream, for fp32 weights):
-      two norms: the residual stream 4 d and its normalised form 4 d, fp32; the inverse root 4     16 d + 8
+      two norms (`training/norms.py`): the residual stream, on GPUs also its normalised form,
+      each 4 d in fp32; the inverse root 4                                               16 d or 8 d + 8
       inputs of q, k, v, gate, up, each cast to bf16 by autocast on its own                        10 d
       input of o                                                                                    2 a
       gate's output, its SiLU, up's output, their product (down's input), bf16                      8 f
     lora, qlora (bf16 base and residual stream):
-      two norms: the residual stream, on GPUs as it is (`training/norms.py`), on CPUs cast to
-      fp32; the inverse root                                                                4 d or 8 d + 8
+      two norms: the residual stream as it is; the inverse root                                     4 d + 8
       inputs of the factors A: one of q, k, v, one of gate, up; of o; of down                       4 d + 2 a + 2 f
       gate's output, its SiLU, up's output                                                          6 f
       outputs of the seven A                                                                       14 r
@@ -133,25 +133,27 @@ def layer_kept(plan: Plan) -> float:
     rows = attention_rows(plan)
     keys = 4 * c * (rows.keys - rows.masked) + 4 * a * rows.masked
     attention = (4 * a + 4 * n.heads) * rows.queries + keys + 2 * rows.mask
-    token = 2 * a + 8 * f + (26 * d + 8 if plan.method == "full" else (2 * _norm(plan) + 4) * d + 8 + 14 * plan.rank)
+    token = 2 * a + 8 * f + 2 * _norm(plan) * d + 8 + (10 * d if plan.method == "full" else 4 * d + 14 * plan.rank)
     if plan.method == "dora":
         token += 6 * d + 4 * sum(o for _, o in n.linears)
     return float(attention + token * t)
 
 
 def _norm(plan: Plan) -> int:
-    """B an element that a norm keeps of its input: it is fp32 for full fine-tuning, and under adapters on CPUs cast to it."""
-    return 4 if plan.method == "full" or plan.device.name == "cpu" else 2
+    """B that a norm keeps an element: its input, in fp32 for full fine-tuning, else in bf16, and where its weight trains on a GPU the
+    normalised form."""
+    if plan.adapted:
+        return 2
+    return 4 if plan.device.name == "cpu" else 8
 
 
 def outer_kept(plan: Plan) -> float:
-    """B kept outside the layers, of one prompt: the last norm's input (fp32, under adapters on GPUs bf16) and inverse root, 4 d + 4 or
-    2 d + 4; for full fine-tuning also its normalised form, 4 d; sines and cosines, 2 x head size; of response tokens the gradient of the
-    head's input, d, and where the head is trained the input, d. The last three in fp32 for full fine-tuning, else in bf16. Of a trained
-    head in a small batch also every logit's gradient, V, in bf16."""
+    """B kept outside the layers, of one prompt: what the last norm keeps, and its inverse root, 4; sines and cosines, 2 x head size; of
+    response tokens the gradient of the head's input, d, and where the head is trained the input, d. The last three in fp32 for full
+    fine-tuning, else in bf16. Of a trained head in a small batch also every logit's gradient, V, in bf16."""
     n = plan.model
     wide = 4 if plan.method == "full" else 2
-    token = (_norm(plan) + (0 if plan.adapted else 4)) * n.hidden + 4 + 2 * wide * n.head_dim
+    token = _norm(plan) * n.hidden + 4 + 2 * wide * n.head_dim
     answers = plan.responses * plan.response_tokens
     if plan.adapted:
         return float(token * plan.tokens + wide * n.hidden * answers)
