@@ -907,7 +907,9 @@ def test_passing_probes_save_checkpoints_also_after_the_last_step(tmp_path: Path
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-7"]
     assert trainer.state.global_step == 7
     assert guard.collapsed is None
-    assert probes(trainer) == [{"step": s, "words": 50, "repetition": 0.1, "empty": 0.0, "kl": 0.0, "chosen": 0.0} for s in (2, 4, 6, 7)]
+    assert probes(trainer) == [
+        {"step": s, "words": 50, "repetition": 0.1, "empty": 0.0, "kl": 0.0, "chosen": 0.0, "words_error": 0.0} for s in (2, 4, 6, 7)
+    ]
 
 
 @pytest.mark.parametrize("saving", STRATEGIES)

@@ -33,6 +33,22 @@ def test_length(words: float, found: str | None) -> None:
     assert after(words=words) == found
 
 
+@pytest.mark.parametrize(
+    ("error", "words", "found"),
+    [  # 12 answers, one as long as another by chance: 16 and 27 words with 4 and 6 of error are within a factor of 1.6 * exp(1.645 * .334)
+        (4.0, 27, None),
+        (0.1, 27, "length explosion: answers grew from 16 to 27 words"),
+        (4.0, 50, "length explosion: answers grew from 16 to 50 words"),
+        (4.0, 8, None),
+        (0.1, 8, "length collapse: answers fell from 16 to 8 words"),
+        (4.0, 0, "length collapse: answers fell from 16 to 0 words"),
+    ],
+)
+def test_a_length_is_another_beyond_chance(error: float, words: float, found: str | None) -> None:
+    now = Probe(words, 0, 0, words_error=error * words / 18)
+    assert collapse(Probe(16, 0, 0, words_error=error), now, CONFIG) == found
+
+
 def test_the_collapse_of_run_c_is_caught() -> None:
     # shared/measured.md, section 3: 72 words before, 10 after
     assert collapse(Probe(72, 0, 0), Probe(10, 0, 0), CONFIG) == "length collapse: answers fell from 72 to 10 words"

@@ -183,7 +183,7 @@ class GuardConfig(Part):
     every_steps: PositiveInt = 10
     prompts: PositiveInt = 16
     max_length_ratio: Annotated[float, Field(gt=1)] = 1.6
-    """Mean words may grow or shrink by this factor."""
+    """Mean words may grow or shrink by this factor; that they did more must be beyond chance (one-sided, 95%)."""
     max_repetition_rise: Annotated[float, Field(gt=0)] = 0.15
     """Rise of the share of repeated word 3-grams."""
     max_kl: Annotated[float, Field(gt=0)] = 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from spalign.evaluation import repetition
@@ -73,8 +74,10 @@ class JobProber:
         from spalign.training.guard import Probe
 
         likely, n = _flat(engine.loglikelihood(self._chosen)), len(answers)
+        words = [r.words for r in answers]
         return Probe(
-            words=sum(r.words for r in answers) / n,
+            words=sum(words) / n,
+            words_error=stdev(words) / n**0.5 if n > 1 else 0.0,
             repetition=sum(repetition(r.text) for r in answers) / n,
             empty=sum(not r.text.strip() for r in answers) / n,
             kl=kl,

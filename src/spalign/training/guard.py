@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ class Probe:
     """words: mean per answer. repetition: share of repeated word 3-grams. empty: share of blank answers.
 
     kl: nats a token that the policy's answers before training have lost: an estimate of KL(before || now), its samples being drawn before.
-    chosen: mean nats a token of some chosen responses.
+    chosen: mean nats a token of some chosen responses. words_error: standard error of `words`.
     """
 
     words: float
@@ -24,14 +25,20 @@ class Probe:
     empty: float
     kl: float = 0.0
     chosen: float = 0.0
+    words_error: float = 0.0
+
+
+Z = 1.645
+"""A length is another one where it is so beyond chance: one-sided, 95%. A dozen short answers vary by half from draw to draw."""
 
 
 def collapse(before: Probe, now: Probe, config: GuardConfig) -> str | None:
     """What has collapsed, in words, or None."""
-    ratio = now.words / before.words if before.words else (float("inf") if now.words else 1.0)
+    ratio = now.words / before.words if before.words else (math.inf if now.words else 1.0)
+    chance = math.exp(Z * math.hypot(*(p.words_error / p.words for p in (before, now) if p.words)))
     found = {
-        f"length collapse: answers fell from {before.words:.0f} to {now.words:.0f} words": ratio < 1 / config.max_length_ratio,
-        f"length explosion: answers grew from {before.words:.0f} to {now.words:.0f} words": ratio > config.max_length_ratio,
+        f"length collapse: answers fell from {before.words:.0f} to {now.words:.0f} words": ratio * chance < 1 / config.max_length_ratio,
+        f"length explosion: answers grew from {before.words:.0f} to {now.words:.0f} words": ratio / chance > config.max_length_ratio,
         f"repetition: repeated 3-grams rose from {before.repetition:.0%} to {now.repetition:.0%}": now.repetition - before.repetition
         > config.max_repetition_rise,
         f"empty answers: {before.empty:.0%} before, {now.empty:.0%} now": now.empty - before.empty > 0.1,
