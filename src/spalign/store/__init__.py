@@ -14,7 +14,8 @@ from spalign.files import (
 )
 from spalign.store.folder import RunFolder
 from spalign.store.journal import Journal
-from spalign.store.stages import Part, Stage, read_manifest, versions
+from spalign.store.parts import Part, read_manifest
+from spalign.store.stages import Stage, versions
 from spalign.store.work import Item, run_in_parts, run_over_parts
 
 __all__ = [

@@ -3,9 +3,7 @@
 A part is written to a temporary name, synced and renamed. A stage's `manifest.json` is written last: its presence means done. A stage
 knows the digest of all that it depends on; done with the same digest, it is not run again; with another one, it is set aside, never
 deleted. What is finished of a part in work stands in a journal of its own. Before a part is there, its SHA-256 is added to `parts.sha256`:
-what goes on with the part later looks whether it still is what was written. `made_from.json` has those of the parts that the stage is made
-from: where these are others later (one was lost and made again, and engines need not repeat themselves), what was made from them is set
-aside and done again.
+what goes on with the part later looks whether it still is what was written.
 """
 
 from __future__ import annotations
@@ -19,11 +17,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from spalign.errors import RunFolderError
 from spalign.files import (
-    MADE_AGAIN,
     Row,
     clear_errors,
     decode_row,
@@ -35,45 +32,11 @@ from spalign.files import (
     write_json,
 )
 from spalign.store.journal import Journal
+from spalign.store.parts import Part, damaged, read_manifest, rows_in
+from spalign.store.sources import Sources
 
 PART_BYTES = 1 << 25
 SUMS = "parts.sha256"
-MADE_FROM = "made_from.json"
-"""By source, the SHA-256 of the parts that the work beside it is made from."""
-
-
-class Part(NamedTuple):
-    """One part of a finished stage."""
-
-    path: Path
-    sha256: str
-
-    def lines(self, *, checked: bool = False) -> list[bytes]:
-        """Its rows as JSON. Raises RunFolderError where it is missing or not what the manifest says.
-
-        checked: that it is what the manifest says was seen a moment ago.
-        """
-        remedy = f"remove it and {self.path.with_name('manifest.json')}: what is missing is done again"
-        try:
-            data = self.path.read_bytes()
-        except OSError as e:
-            raise RunFolderError(f"{self.path}: {e.strerror}", hint=remedy) from e
-        if not checked and hashlib.sha256(data).hexdigest() != self.sha256:
-            raise RunFolderError(f"{self.path}: changed since it was written", hint=f"restore it, or {remedy}")
-        lines = data.split(b"\n")  # several times as fast as splitlines
-        if not lines[-1]:
-            lines.pop()
-        return lines
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the stage in that folder, of whatever inputs, if it is done. Raises RunFolderError where it is damaged."""
-    path = folder / "manifest.json"
-    found: dict[str, Any] | None = read_json(path)
-    kinds = {"digest": str, "inputs": dict, "parts": dict}
-    if found is not None and (wrong := [k for k, kind in kinds.items() if not isinstance(found.get(k), kind)]):
-        raise RunFolderError(f"{path}: damaged: no {wrong[0]}", hint=MADE_AGAIN)
-    return found
 
 
 class Stage:
@@ -91,7 +54,7 @@ class Stage:
         made_from: Sequence[Stage] = (),
         over: Stage | None = None,
     ) -> None:
-        self.folder, self.inputs, self._tell, self._made_from, self._over = folder, dict(inputs), tell, tuple(made_from), over
+        self.folder, self.inputs, self._tell, self._sources = folder, dict(inputs), tell, Sources(made_from, over)
         self.digest = digest(self.inputs)
         self.healed = 0
         """Torn lines of journals that this stage has had."""
@@ -107,7 +70,7 @@ class Stage:
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, if the stage is done with these inputs, from the rows that now stand before it."""
         found = read_manifest(self.folder)
-        return found if found and found["digest"] == self.digest and self._changed(self.folder) == set() else None
+        return found if found and found["digest"] == self.digest and self._sources.changed(self.folder) == set() else None
 
     def begin(self) -> dict[str, Any]:
         """Make the folder ready; what an interrupted run left (`seconds`, `tokens`). Work of other inputs or rows is set aside."""
@@ -121,8 +84,7 @@ class Stage:
                 self.folder.mkdir(parents=True, exist_ok=True)
             progress = {"digest": self.digest, "seconds": 0.0, "tokens": 0}
             write_json(self.folder / "progress.json", progress)
-        if (sources := self._sources()) and sources != read_json(self.folder / MADE_FROM):
-            write_json(self.folder / MADE_FROM, sources)
+        self._sources.record(self.folder)
         self.healed = progress.get("healed", 0)
         with clear_errors(self.folder), contextlib.suppress(FileNotFoundError):
             lines = (self.folder / SUMS).read_text("ascii", "replace").splitlines()
@@ -168,7 +130,7 @@ class Stage:
         found = read_manifest(other)
         if not found or found["digest"] != self.digest or any(p.is_dir() for p in other.iterdir()):
             return False
-        why = _damaged(other, found["parts"]) or ("made from other rows" if self._changed(other) != set() else None)
+        why = damaged(other, found["parts"]) or ("made from other rows" if self._sources.changed(other) != set() else None)
         if why:
             self._tell(f"{other}: not taken: {why}")
             return False
@@ -180,36 +142,9 @@ class Stage:
                 link(other / name, self.folder / name)
         return True
 
-    def _content(self) -> dict[str, str] | None:
-        """What this stage gives to others: its parts' SHA-256, of one without parts its manifest's; None where it is not finished."""
-        found = read_manifest(self.folder)
-        if not found or found["digest"] != self.digest:
-            return None
-        return found["parts"] or {"manifest.json": hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()}
-
-    def _sources(self) -> dict[str, dict[str, str] | None]:
-        """By name, what the stages give that this one is made from."""
-        named = {f"from {n}": stage for n, stage in enumerate(self._made_from)} | ({"over": self._over} if self._over else {})
-        return {name: stage._content() for name, stage in named.items()}
-
-    def _changed(self, folder: Path) -> set[str] | None:
-        """Parts of `over` that are others than when the work in `folder` was made from them; None: all of it was made from other rows.
-
-        What is not known (a source that is not finished yet, work of an earlier version) is taken to be as it was.
-        """
-        then, changed = read_json(folder / MADE_FROM) or {}, set[str]()
-        for name, now in self._sources().items():
-            before = then.get(name)
-            if now is None or before is None or now == before:
-                continue
-            if name != "over" or not isinstance(before, dict):
-                return None
-            changed |= {part for part in now | before if now.get(part) != before.get(part)}
-        return changed
-
     def _keep_what_holds(self) -> None:
         """Set aside what was made from other rows than those that now stand before it: the parts, or the whole stage."""
-        if (changed := self._changed(self.folder)) is None:
+        if (changed := self._sources.changed(self.folder)) is None:
             self._set_aside("other rows")
             return
         for name in sorted(changed):
@@ -258,7 +193,7 @@ class Stage:
         with clear_errors(path):
             data = path.read_bytes()
         found, written = hashlib.sha256(data).hexdigest(), self._written.get(path.name)
-        if not (found in written if written else _rows_in(data) == len(items())):
+        if not (found in written if written else rows_in(data) == len(items())):
             raise RunFolderError(
                 f"{path}: damaged: it is not what was written", hint="restore it, or remove this file: this part alone is done again"
             )
@@ -322,26 +257,6 @@ class Stage:
         """The rows of a finished stage. Raises RunFolderError where a part is missing or not what the manifest says."""
         for part in self.finished_parts():
             yield from map(decode_row, part.lines())
-
-
-def _damaged(folder: Path, parts: Mapping[str, str]) -> str | None:
-    """Which part is not what the manifest says, in words."""
-    for name, sha256 in parts.items():
-        try:
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
-                return f"{name} changed since it was written"
-        except OSError as e:
-            return f"{name}: {e.strerror}"
-    return None
-
-
-def _rows_in(data: bytes) -> int | None:
-    """How many rows a part has; None where it is damaged."""
-    *lines, rest = data.split(b"\n")
-    try:
-        return len(lines) if not rest and all(isinstance(decode_row(line), dict) for line in lines) else None
-    except ValueError:
-        return None
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,8 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from spalign.files import Row
-from spalign.store.stages import Part, Stage
+from spalign.store.parts import Part
+from spalign.store.stages import Stage
 
 Item = TypeVar("Item")
 
