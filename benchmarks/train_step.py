@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--attention", choices=("rows", "flex"), default="rows", help="spalign's, over a packed row")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2, help="steps a process, the quickest counts")
+    parser.add_argument("--steps", type=int, default=3, help="steps a process, the quickest counts")
     parser.add_argument("--trl-batch", type=int, default=20, help="most pairs in one forward pass of TRL's")
     parser.add_argument("--no-exact", action="store_true")
     parser.add_argument("--json", action="store_true", help="accepted for symmetry: the last line always is JSON")

@@ -92,7 +92,7 @@ def left_of(processes: list[psutil.Process]) -> list[str]:
 
 
 def test_a_run_that_lost_a_worker_has_the_data_of_a_run_on_one_engine(spalign, lay_out, reference, environment, tmp_path):
-    lay_out(tmp_path, engine=POOL)
+    lay_out(tmp_path, engine=POOL, train={"epochs": 1})
     stage = tmp_path / "runs/tiny/iteration-1/1-sample"
     with started(tmp_path, environment, "run") as process:
         wait_for(lambda: len(list(stage.glob("part-*.jsonl"))) >= 1, process)

@@ -380,27 +380,37 @@ def test_an_adapter_on_the_head_is_not_overlooked() -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 27], ids=["made again", "kept"])
-def test_no_more_logits_than_a_tile_exist_at_once(
+def test_logits_exist_a_tile_at_a_time_or_all_where_they_are_few_and_in_float32_a_stretch_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truth: tuple[float, Tensor], kept: int
 ) -> None:
     monkeypatch.setitem(head.TILE, True, 8 * VOCAB)
+    monkeypatch.setitem(head.STRETCH, True, 3 * VOCAB)
     monkeypatch.setitem(head.KEPT, True, kept)
-    sizes: list[int] = []
-    pull = head._Tile.pull
+    tiles: list[int] = []
+    stretches: list[int] = []
+    pull, turn = head._Head.pull, head._Head._turn
 
-    def seen(self: Any, hidden: Tensor, target: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        sizes.append(len(hidden))
-        return pull(self, hidden, target, out)
+    def pulled(self: Any, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        tiles.append(len(hidden))
+        return pull(self, hidden, target)
 
-    monkeypatch.setattr(head._Tile, "pull", seen)
+    def turned(self: Any, products: Tensor, target: Tensor) -> Tensor:
+        stretches.append(len(products))
+        return turn(self, products, target)
+
+    monkeypatch.setattr(head._Head, "pull", pulled)
+    monkeypatch.setattr(head._Head, "_turn", turned)
     trainer = trainer_for(tmp_path, llama())
-    sizes.clear()  # of the check that goes before
+    tiles.clear()  # of the check that goes before
+    stretches.clear()
     loss, grad = step(trainer, split(GROUPS, len(GROUPS)))
     assert loss == pytest.approx(truth[0], rel=1e-5)
     assert gap(grad, truth[1]) < 1e-5
     tokens = sum(len(r) for g in GROUPS for r in g.responses)
-    assert max(sizes) == 8 < tokens
-    assert sum(sizes) == (tokens if kept else 2 * tokens)
+    assert tokens > 8
+    assert max(tiles) == (tokens if kept else 8)
+    assert max(stretches) == 3
+    assert sum(tiles) == sum(stretches) == (tokens if kept else 2 * tokens)
 
 
 # -- loss and gradient ------------------------------------------------------------------------------------------------

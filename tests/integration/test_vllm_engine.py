@@ -67,26 +67,21 @@ def engine(demo_folder: Path) -> Iterator[VLLMEngine]:
 
 @pytest.fixture(scope="module")
 def tiny_model(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(demo_folder, tmp_path_factory.mktemp("tiny-model-32"), head_dim=32)
-
-
-@pytest.fixture(scope="module")
-def endless_model(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, a window of 2048 tokens, and answers that go on to their limit."""
     return make_tiny(demo_folder, tmp_path_factory.mktemp("endless-model"), head_dim=32, ends=1e-12)
 
 
 @pytest.fixture(scope="module")
-def endless(endless_model: Path) -> Iterator[VLLMEngine]:
-    """As tiny, and its answers go on to their limit."""
-    engine = VLLMEngine(str(endless_model), EXACT)
+def tiny(tiny_model: Path) -> Iterator[VLLMEngine]:
+    engine = VLLMEngine(str(tiny_model), EXACT)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model: Path) -> Iterator[VLLMEngine]:
-    """Random weights and a window of 2048 tokens."""
-    engine = VLLMEngine(str(tiny_model), EXACT)
+def showing(tiny_model: Path) -> Iterator[VLLMEngine]:
+    """As tiny, with hidden states."""
+    engine = VLLMEngine(str(tiny_model), EXACT.model_copy(update={"hidden_states": True}))
     yield engine
     engine.close()
 
@@ -319,56 +314,52 @@ def test_no_hidden_states_so_no_probe(tiny: VLLMEngine) -> None:
         judge_check(tiny, [objective], labelled, ("probe",))
 
 
-def test_hidden_states_come_from_transformers_where_they_are_asked_for(tiny_model: Path) -> None:
+def test_hidden_states_come_from_transformers_where_they_are_asked_for(showing: VLLMEngine, tiny_model: Path) -> None:
     plain = TransformersEngine.load(str(tiny_model), EngineConfig(dtype="float32", device="cpu"))
-    engine = VLLMEngine(str(tiny_model), EXACT.model_copy(update={"hidden_states": True}))
-    try:
-        assert "representations" in engine.capabilities
-        pairs = [(engine.encode_chat(user(t)), engine.encode_response(a)) for t in TEXTS for a in ANSWERS]
-        with ThreadPoolExecutor(2) as threads:
-            found = list(threads.map(lambda p: engine.representations(p, (0.0, 0.5, 1.0)), (pairs, pairs)))
-        assert found == [plain.representations(pairs, (0.0, 0.5, 1.0))] * 2
-    finally:
-        engine.close()
-    assert engine._beside is None
+    assert "representations" in showing.capabilities
+    pairs = [(showing.encode_chat(user(t)), showing.encode_response(a)) for t in TEXTS for a in ANSWERS]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda p: showing.representations(p, (0.0, 0.5, 1.0)), (pairs, pairs)))
+    assert found == [plain.representations(pairs, (0.0, 0.5, 1.0))] * 2
+    assert showing._beside is not None
 
 
 # calls of several threads
 
 
-def test_calls_of_two_threads_run_side_by_side_and_give_what_each_gives_alone(endless: VLLMEngine) -> None:
+def test_calls_of_two_threads_run_side_by_side_and_give_what_each_gives_alone(tiny: VLLMEngine) -> None:
     asks = [requests_for([f"{word} {n}" for n in range(6)], seeds=(1, 2), sampling=Sampling(1.0, 0.9, 40)) for word in ("Say", "Write")]
-    alone = [by_key(endless.generate(ask)) for ask in asks]
+    alone = [by_key(tiny.generate(ask)) for ask in asks]
     long = requests_for(["Go on", "And on"], sampling=ENDLESS)
     ended = []
     with ThreadPoolExecutor(5) as threads:
-        under_way = threads.submit(lambda: [ended.append(c.request_id) or c for c in endless.generate(long)])
-        found = list(threads.map(lambda ask: by_key(endless.generate(ask)), asks * 2))
-        scores = threads.submit(endless.choice_logprobs, CASES, CHOICES).result()
+        under_way = threads.submit(lambda: [ended.append(c.request_id) or c for c in tiny.generate(long)])
+        found = list(threads.map(lambda ask: by_key(tiny.generate(ask)), asks * 2))
+        scores = threads.submit(tiny.choice_logprobs, CASES, CHOICES).result()
         assert len(ended) < 2  # the long one has not: they did not wait for it
     assert len(under_way.result()) == 2
-    assert scores == [pytest.approx(s, abs=1e-4) for s in endless.choice_logprobs(CASES, CHOICES) if s]
+    assert scores == [pytest.approx(s, abs=1e-4) for s in tiny.choice_logprobs(CASES, CHOICES) if s]
     # what runs beside a sequence moves last bits, and now and then one of them turns a draw
     assert sum(a[key] != b[key] for a, b in zip(found, alone * 2, strict=True) for key in b) <= 2
 
 
-def test_a_call_that_is_left_ends_and_the_others_go_on(endless: VLLMEngine) -> None:
+def test_a_call_that_is_left_ends_and_the_others_go_on(tiny: VLLMEngine) -> None:
     long = [GenerateRequest("short", user("a"), (1,), Sampling(0.01, 1.0, 2)), *requests_for(["b"] * 15, sampling=ENDLESS)]
-    left = endless.generate(long)
+    left = tiny.generate(long)
     assert next(left).request_id == "short"
     began = time.monotonic()
     left.close()  # type: ignore[attr-defined]
-    assert len(list(endless.generate(requests_for(["e"] * 16, sampling=Sampling(1.0, 1.0, 3))))) == 16  # all sixteen places are free
+    assert len(list(tiny.generate(requests_for(["e"] * 16, sampling=Sampling(1.0, 1.0, 3))))) == 16  # all sixteen places are free
     brief = time.monotonic() - began
-    list(endless.generate(long))
+    list(tiny.generate(long))
     assert brief < 0.5 * (time.monotonic() - began - brief)
-    assert not endless._process._line._arriving  # nothing is kept of any
+    assert not tiny._process._line._arriving  # nothing is kept of any
 
 
-def test_calls_that_are_forgotten_in_the_middle_end_in_whatever_thread_finds_them(endless: VLLMEngine) -> None:
+def test_calls_that_are_forgotten_in_the_middle_end_in_whatever_thread_finds_them(tiny: VLLMEngine) -> None:
     def forget() -> None:
         short = GenerateRequest("short", user("a"), (1,), Sampling(0.01, 1.0, 2))
-        call = endless.generate([short, *requests_for(["a", "b"], sampling=ENDLESS)])
+        call = tiny.generate([short, *requests_for(["a", "b"], sampling=ENDLESS)])
         loop = [call]
         loop.append(loop)  # type: ignore[arg-type]  # only the collector finds it
         next(call)
@@ -376,35 +367,10 @@ def test_calls_that_are_forgotten_in_the_middle_end_in_whatever_thread_finds_the
     with ThreadPoolExecutor(2) as threads:
         for _ in range(4):
             forget()
-            busy = threads.submit(lambda: list(endless.generate(requests_for(["c"] * 8, sampling=Sampling(1.0, 1.0, 40)))))
+            busy = threads.submit(lambda: list(tiny.generate(requests_for(["c"] * 8, sampling=Sampling(1.0, 1.0, 40)))))
             gc.collect()
             assert len(busy.result(60)) == 8
-    assert not endless._process._line._arriving
-
-
-@pytest.mark.parametrize("how", ["killed", "closed"])
-def test_every_thread_learns_why_it_ended(endless: VLLMEngine, endless_model: Path, how: str) -> None:
-    engine = endless if how == "killed" else VLLMEngine(str(endless_model), EXACT)  # nobody needs the shared one after this
-    with ThreadPoolExecutor(3) as threads:
-        calls = [threads.submit(list, engine.generate(requests_for(["a"], sampling=Sampling(0.01, 1.0, 2000)))) for _ in range(3)]
-        deadline = time.monotonic() + 60
-        while len(engine._process._line._arriving) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if how == "killed":
-            os.kill(pid_of(engine), signal.SIGKILL)
-        else:
-            engine.close()
-        why = "its process was killed, perhaps for want of memory" if how == "killed" else "the vLLM engine was closed"
-        for call in calls:
-            with pytest.raises(EngineError, match=why) as e:
-                call.result(60)
-    assert gone_within(5, pid_of(engine))
-    assert "\x1b" not in e.value.message
-    if how == "killed":
-        assert "log: " in e.value.message
-        assert "engine.memory" in e.value.hint
-        with pytest.raises(EngineError, match="its process was killed"):  # the reason, not only that it is closed
-            list(engine.generate(requests_for(["a"])))
+    assert not tiny._process._line._arriving
 
 
 def test_parts_side_by_side_are_those_of_one_after_the_other(tiny: VLLMEngine, tmp_path: Path) -> None:
@@ -422,6 +388,32 @@ def test_parts_side_by_side_are_those_of_one_after_the_other(tiny: VLLMEngine, t
 
     turned = sum(a != b for a, b in zip(rows(2), rows(1), strict=True))
     assert turned <= 1  # a draw, now and then, by last bits
+
+
+@pytest.mark.parametrize("how", ["killed", "closed"])
+def test_every_thread_learns_why_it_ended(tiny: VLLMEngine, showing: VLLMEngine, how: str) -> None:
+    engine = tiny if how == "killed" else showing  # nobody needs them after this
+    with ThreadPoolExecutor(3) as threads:
+        calls = [threads.submit(list, engine.generate(requests_for(["a"], sampling=Sampling(0.01, 1.0, 2000)))) for _ in range(3)]
+        deadline = time.monotonic() + 60
+        while len(engine._process._line._arriving) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if how == "killed":
+            os.kill(pid_of(engine), signal.SIGKILL)
+        else:
+            engine.close()
+        why = "its process was killed, perhaps for want of memory" if how == "killed" else "the vLLM engine was closed"
+        for call in calls:
+            with pytest.raises(EngineError, match=why) as e:
+                call.result(60)
+    assert gone_within(5, pid_of(engine))
+    assert how == "killed" or engine._beside is None
+    assert "\x1b" not in e.value.message
+    if how == "killed":
+        assert "log: " in e.value.message
+        assert "engine.memory" in e.value.hint
+        with pytest.raises(EngineError, match="its process was killed"):  # the reason, not only that it is closed
+            list(engine.generate(requests_for(["a"])))
 
 
 def test_what_vllm_refuses_is_told(tiny_model: Path, tmp_path: Path) -> None:

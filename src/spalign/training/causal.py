@@ -6,13 +6,14 @@ rounded to bf16 move log-probabilities by a nat); the probabilities are kept for
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 64
+BLOCK = 96
 SHORT = 512
 """Longest row for which probabilities are kept: heads times width squared, halved, of them a row and layer."""
 
@@ -24,41 +25,64 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
 
 class _CausalAttention(torch.autograd.Function):
-    """The queries of one kv head go together, so nothing is repeated: n = rows * kv heads, each with heads / kv heads queries a place."""
+    """The queries of one kv head go together, so nothing is repeated: n = rows * kv heads, each with heads / kv heads queries a place.
+
+    Tensors stay as they lie, and what a block makes on the way is written where the block before had it: fresh pages cost as much as the
+    arithmetic on them.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        _, heads, width, dim = query.shape
-        q = query.reshape(-1, heads // key.shape[1], width, dim)
-        k, v = key.reshape(-1, width, dim), value.reshape(-1, width, dim)
-        out, kept, keys = torch.empty_like(q), [], k.float().transpose(1, 2)
+        q, k, v = _grouped(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1)
+        *_, group, width, dim = q.shape
+        out = _empty_like(query)
+        to, keys, kept = _grouped(out, key.shape[1]), (k.float() * scaling).transpose(1, 2), []
+        scratch = torch.empty(len(k) * group * min(BLOCK, width) * width)
         later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
         for start in range(0, width, BLOCK):
             stop = min(start + BLOCK, width)
-            own = q[:, :, start:stop]
-            scores = torch.bmm((own.float() * scaling).reshape(len(q), -1, dim), keys[:, :, :stop])
+            own = q[..., start:stop, :].reshape(len(k), -1, dim)
+            scores = _part(scratch, (*own.shape[:2], stop))
+            torch.bmm(own.float(), keys[:, :, :stop], out=scores)
             by_place = scores.view(-1, stop - start, stop)
             by_place[..., start:] += later[: stop - start, : stop - start]
-            probs = scores.softmax(-1).to(q.dtype)
-            out[:, :, start:stop] = torch.bmm(probs, v[:, :stop]).view_as(own)
+            torch.softmax(scores, -1, out=scores)
+            probs = scores.to(q.dtype, copy=True)
+            to[..., start:stop, :] = torch.bmm(probs, v[:, :stop]).view(to[..., start:stop, :].shape)
             kept.append(probs)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.shapes, ctx.scaling = (query.shape, key.shape), scaling
-        return out.view(query.shape)
+        ctx.save_for_backward(query, k, v, *kept)
+        ctx.key_shape, ctx.scaling = key.shape, scaling
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        of_query, of_key = ctx.shapes
-        g, d_query = grad.reshape(q.shape), torch.empty_like(q)
-        d_key, d_value = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        query, k, v, *kept = ctx.saved_tensors
+        d_query = _empty_like(query)
+        q, g, to = (_grouped(x, ctx.key_shape[1]) for x in (query, grad, d_query))
+        d_key, d_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+        scratch = torch.empty(max(probs.numel() for probs in kept), dtype=q.dtype)
         for i, probs in enumerate(kept):
             start, stop = i * BLOCK, probs.shape[-1]
-            own_g, own_q = (x[:, :, start:stop].reshape(len(q), -1, q.shape[-1]) for x in (g, q))
+            own_g, own_q = (x[..., start:stop, :].reshape(len(k), -1, q.shape[-1]) for x in (g, q))
             d_value[:, :stop] += torch.bmm(probs.transpose(1, 2), own_g)
-            d_probs = torch.bmm(own_g, v[:, :stop].transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-            d_query[:, :, start:stop] = (torch.bmm(d_scores, k[:, :stop]) * ctx.scaling).view_as(q[:, :, start:stop])
+            d_scores = _part(scratch, probs.shape)
+            torch.bmm(own_g, v[:, :stop].transpose(1, 2), out=d_scores)  # of the probabilities, first
+            torch._softmax_backward_data(d_scores, probs, -1, probs.dtype, grad_input=d_scores)
+            to[..., start:stop, :] = torch.bmm(d_scores, k[:, :stop]).mul_(ctx.scaling).view(to[..., start:stop, :].shape)
             d_key[:, :stop] += torch.bmm(d_scores.transpose(1, 2), own_q)
-        return d_query.view(of_query), (d_key * ctx.scaling).to(k.dtype).view(of_key), d_value.to(v.dtype).view(of_key), None
+        return d_query, (d_key * ctx.scaling).to(k.dtype).view(ctx.key_shape), d_value.to(v.dtype).view(ctx.key_shape), None
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(rows, heads, width, dim) -> (rows, kv heads, heads / kv heads, width, dim)."""
+    return x.unflatten(1, (kv_heads, -1))
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """(rows, heads, width, dim), in memory by place first, as tokens are."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _part(scratch: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return scratch[: math.prod(shape)].view(shape)

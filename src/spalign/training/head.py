@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens straight from hidden states, a tile of tokens at a time: the logits of a batch never exist together."""
+"""Log-probabilities of given tokens straight from hidden states: no more than a bounded number of logits ever exist together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spalign.training.tiles import KEPT, TILE
+from spalign.training.tiles import KEPT, STRETCH, TILE
+
+_COLUMNS = 1024
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -25,15 +27,14 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        direction = torch.empty_like(hidden) if to_hidden else None
         keeps = to_hidden and (to_weight or to_bias) and len(hidden) * len(weight) <= KEPT[hidden.device.type == "cpu"]
-        kept = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device) if keeps else None
-        tile = _Tile(len(hidden), weight, bias, scale, cap, dtype)
-        for at in tile.slices:
-            out[at], pull = tile.pull(hidden[at], target[at], None if kept is None else kept[at])
+        head = _Head(len(hidden), weight, bias, scale, cap, dtype, whole=keeps)
+        direction = torch.empty_like(hidden) if to_hidden else None
+        for at in head.tiles:
+            out[at], pull = head.pull(hidden[at], target[at])
             if direction is not None:
-                direction[at] = (pull @ tile.weight).to(hidden.dtype)
-        ctx.save_for_backward(hidden if to_weight or to_bias else None, weight, bias, target, direction, kept)
+                direction[at] = (pull @ head.weight).to(hidden.dtype)
+        ctx.save_for_backward(hidden if to_weight or to_bias else None, weight, bias, target, direction, head.products if keeps else None)
         ctx.how = (scale, cap, dtype)
         return out
 
@@ -41,20 +42,20 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, direction, kept = ctx.saved_tensors
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
-        # tiles are added up in fp32, whatever they are computed in; pulls that were kept are one product
-        whole = kept is not None and to_weight
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if to_weight and not whole else None
-        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and to_bias else None
-        if whole:
-            d_weight = kept.T @ (hidden * grad[:, None]).to(kept.dtype)
-        if d_bias is not None or (to_weight and not whole):
-            tile = _Tile(len(hidden), weight, bias, *ctx.how)
-            for at in tile.slices:
-                pull = kept[at] if kept is not None else tile.pull(hidden[at], target[at], None)[1]
+        d_weight = d_bias = None
+        if kept is not None:
+            d_weight = _outer(kept, (hidden * grad[:, None]).to(kept.dtype)) if to_weight else None
+            d_bias = sum(grad[at] @ kept[at].float() for at in _slices(len(kept), 256)) if to_bias else None
+        elif to_weight or to_bias:  # tiles are added up in fp32, whatever they are computed in
+            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if to_weight else None
+            d_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if to_bias else None
+            head = _Head(len(hidden), weight, bias, *ctx.how, whole=False)
+            for at in head.tiles:
+                _, pull = head.pull(hidden[at], target[at])
+                if d_weight is not None:
+                    d_weight += pull.T @ (hidden[at] * grad[at, None]).to(pull.dtype)
                 if d_bias is not None:
                     d_bias += grad[at] @ pull.float()
-                if d_weight is not None and not whole:
-                    d_weight += pull.T @ (hidden[at] * grad[at, None]).to(pull.dtype)
         return (
             direction * grad[:, None].to(direction.dtype) if to_hidden else None,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -66,21 +67,31 @@ class _TokenLogps(torch.autograd.Function):
         )
 
 
-class _Tile:
-    """A tile of logits and what is made of it, in memory that every tile uses again: fresh pages cost as much as the arithmetic on them."""
+class _Head:
+    """Logits and what is made of them, in memory that every tile uses again: fresh pages cost as much as the arithmetic on them.
 
-    def __init__(self, tokens: int, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None, dtype: torch.dtype) -> None:
+    whole: all tokens are one tile, as products are quickest; float32 is between a stretch of them at a time in either case.
+    """
+
+    def __init__(
+        self, tokens: int, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None, dtype: torch.dtype, *, whole: bool
+    ) -> None:
         self.weight, self.bias, self.scale, self.cap = weight.to(dtype), bias, scale, cap
-        size = min(tokens, max(1, TILE[weight.device.type == "cpu"] // len(weight)))
-        self.slices = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
-        self.logits = torch.empty(size, len(weight), device=weight.device)
+        cpu = weight.device.type == "cpu"
+        size = tokens if whole else min(tokens, max(1, TILE[cpu] // len(weight)))
+        self.tiles = _slices(tokens, size)
+        self.stretch = min(size, max(1, STRETCH[cpu] // len(weight)))
+        self.logits = torch.empty(self.stretch, len(weight), device=weight.device)
         self.products = torch.empty(size, len(weight), dtype=dtype, device=weight.device)
 
-    def pull(self, hidden: Tensor, target: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(tokens,) log-probability of `target`, and (tokens, vocabulary) d logp / d (h W^T + b), into `out` or what the next call uses."""
-        out = self.products[: len(hidden)] if out is None else out
-        torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=out)
-        z = self.logits[: len(hidden)].copy_(out)
+    def pull(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens,) log-probability of `target`, and (tokens, vocabulary) d logp / d (h W^T + b), which the next call overwrites."""
+        out = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=self.products[: len(hidden)])
+        return torch.cat([self._turn(out[at], target[at]) for at in _slices(len(out), self.stretch)]), out
+
+    def _turn(self, products: Tensor, target: Tensor) -> Tensor:
+        """Log-probabilities of `target` from products h W^T, which become pulls."""
+        z = self.logits[: len(products)].copy_(products)
         if self.bias is not None:
             z += self.bias
         if self.scale != 1.0:
@@ -99,7 +110,22 @@ class _Tile:
             pull *= bend
         if self.scale != 1.0:
             pull *= self.scale
-        return there - top - total.log(), out.copy_(pull)
+        products.copy_(pull)
+        return there - top - total.log()
+
+
+def _outer(pulls: Tensor, hidden: Tensor) -> Tensor:
+    """pulls^T hidden; on a CPU a stretch of the vocabulary at a time, from memory as it lies, which is quicker by half."""
+    if pulls.is_cuda:
+        return pulls.T @ hidden
+    out, across = torch.empty(pulls.shape[1], hidden.shape[1], dtype=pulls.dtype), hidden.T.contiguous()
+    for at in _slices(pulls.shape[1], _COLUMNS):
+        out[at] = (across @ pulls[:, at]).T
+    return out
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def token_logps(

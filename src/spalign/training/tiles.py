@@ -7,3 +7,6 @@ TILE = {True: 1 << 25, False: 1 << 27}
 
 KEPT = {True: 1 << 28, False: 1 << 30}
 """At most so many logits' gradients (tokens times vocabulary) wait for the backward pass of a trained head: 512 MB and 2 GB in bf16."""
+
+STRETCH = {True: 1 << 19, False: 1 << 27}
+"""Logits that are in fp32 at a time: 2 MB, in a CPU's caches, and 512 MB."""
