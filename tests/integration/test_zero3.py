@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3 on two CPU ranks, launched by accelerate with the configuration that ships: the weights are those of one process.
 
-DeepSpeed's installation wants torch to be there already. Its own communication between ranks on a CPU, a minute of C++, is not compiled: gloo's
-does, as NCCL's on GPUs.
+DeepSpeed's installation wants torch to be there already. Its own communication between ranks on CPUs, a minute of C++, is not compiled: they
+talk by gloo.
 `make test` puts it into a folder of its own beside the environment, because transformers imports it wherever it finds it; by hand:
     DS_ACCELERATOR=cpu DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed
 """
@@ -71,8 +71,8 @@ def test_two_ranks_give_the_weights_of_one(tmp_path: Path, how: str, tied: bool,
 
 def worker(folder: Path, how: str, precision: str) -> None:
     """One rank, under accelerate's launcher."""
-    from test_trainer import arguments
     from deepspeed import ops
+    from test_trainer import arguments
     from transformers import AutoModelForCausalLM
 
     from spalign.training.trainer import SPATrainer

@@ -76,7 +76,8 @@ class _CausalAttention(torch.autograd.Function):
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     """(rows, heads, width, dim) -> (rows, kv heads, heads / kv heads, width, dim)."""
-    return x.unflatten(1, (kv_heads, -1))
+    rows, heads, width, dim = x.shape
+    return x.view(rows, kv_heads, heads // kv_heads, width, dim)
 
 
 def _empty_like(x: Tensor) -> Tensor:
