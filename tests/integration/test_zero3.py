@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3 on two CPU ranks, launched by accelerate with the configuration that ships: the weights are those of one process.
 
-DeepSpeed's installation wants torch to be there already. Its own communication between ranks on CPUs, a minute of C++, is not compiled: they
-talk by gloo.
+DeepSpeed wants torch to be there already when it is installed. Its own way for ranks to talk on CPUs, a minute of C++, is not compiled:
+they talk by gloo.
 `make test` puts it into a folder of its own beside the environment, because transformers imports it wherever it finds it; by hand:
     DS_ACCELERATOR=cpu DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed
 """
