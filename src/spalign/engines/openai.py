@@ -29,11 +29,11 @@ _SPECIAL = re.compile(r"<(?=\|[^|<>\s]{1,40}\|>|/?s>|(?:start|end)_of_turn>|[be]
 class OpenAIEngine:
     """One request a completion, many at a time; completions stream out as they finish. Nothing is held open between two calls.
 
-    Takes calls of two threads at the same time (`width`): the requests of the second go out where those of the first have ended.
+    Takes calls of several threads at the same time (`width`): requests of the later ones go out where those of the earlier have ended.
     """
 
     name = "openai"
-    width = 2
+    width = 4
 
     def __init__(self, model: str, config: EngineConfig, tokens: ChatTokens | None = None) -> None:
         """Asks the server what it can do. tokens: the model's own tokenizer, where it is here. Raises EngineError."""
