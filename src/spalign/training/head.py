@@ -116,7 +116,7 @@ class _Head:
 
 def _outer(pulls: Tensor, hidden: Tensor) -> Tensor:
     """pulls^T hidden; on a CPU a stretch of the vocabulary at a time, from memory as it lies, which is quicker by half."""
-    if pulls.is_cuda:
+    if pulls.device.type != "cpu":
         return pulls.T @ hidden
     out, across = torch.empty(pulls.shape[1], hidden.shape[1], dtype=pulls.dtype), hidden.T.contiguous()
     for at in _slices(pulls.shape[1], _COLUMNS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from spalign.training.estimate.plan import Plan
-from spalign.training.tiles import KEPT, TILE
+from spalign.training.tiles import KEPT, STRETCH, TILE
 
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """B a weight in 4 bits: blocks of 64 with an 8-bit scale, 256 scales with an fp32 one (double quantisation)."""
@@ -186,8 +186,8 @@ def _in_flight(plan: Plan) -> float:
 
 
 def _head(plan: Plan) -> float:
-    """B of the LM head at work: a tile's logits in fp32 and in bf16, 6 B each; where the head is trained also its bf16 copy, a tile's
-    share of its gradient in bf16, and the sum in fp32: 8 d V."""
-    tile = TILE[plan.device.name == "cpu"] // plan.model.vocab
-    logits = min(tile, plan.prompts_per_forward * plan.responses * plan.response_tokens) * plan.model.vocab
-    return 6.0 * logits + (0 if plan.adapted else 8 * plan.model.head)
+    """B of the LM head at work: a stretch of logits in fp32, 4 B each, and a tile of them in bf16, 2 B each, where they are not kept; where
+    the head is trained also its bf16 copy, a tile's share of its gradient in bf16, and the sum in fp32: 8 d V."""
+    cpu, tokens = plan.device.name == "cpu", plan.prompts_per_forward * plan.responses * plan.response_tokens
+    stretch, tile = (min(size[cpu] // plan.model.vocab, tokens) * plan.model.vocab for size in (STRETCH, TILE))
+    return 4.0 * stretch + (0 if keeps_pulls(plan) else 2 * tile) + (0 if plan.adapted else 8 * plan.model.head)
