@@ -12,6 +12,7 @@ from torch import Tensor
 from spalign.training.tiles import KEPT, STRETCH, TILE
 
 _COLUMNS = 1024
+"""Of the vocabulary, in `_outer`: what is turned over fits into the cache."""
 
 
 class _TokenLogps(torch.autograd.Function):

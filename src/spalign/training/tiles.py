@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TILE = {True: 1 << 25, False: 1 << 27}
-"""Logits of one tile (tokens times vocabulary), wide enough for the matrix units: 128 and 512 MB in fp32."""
+"""Logits of one tile (tokens times vocabulary), wide enough for the matrix units: 64 and 256 MB in bf16."""
 
 KEPT = {True: 1 << 28, False: 1 << 30}
 """At most so many logits' gradients (tokens times vocabulary) wait for the backward pass of a trained head: 512 MB and 2 GB in bf16."""
