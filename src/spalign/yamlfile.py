@@ -48,7 +48,8 @@ def load_yaml(path: Path, error: type[SpalignError]) -> tuple[dict[str, Any], di
     except RecursionError:
         raise error(f"{path}: nested too deeply, or an anchor holds itself", hint="write it out with fewer levels") from None
     if not isinstance(data, dict):
-        raise error(f"{path}: expected 'key: value' lines, found {type(data).__name__}", hint="start from configs/demo.yaml")
+        found = {type(None): "nothing", list: "a list", str: "text"}.get(type(data), type(data).__name__)
+        raise error(f"{path}: expected 'key: value' lines, found {found}", hint="start from configs/demo.yaml")
     return data, lines
 
 

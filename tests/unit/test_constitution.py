@@ -179,8 +179,8 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
         ("name: 2024-13-45\n", "FILE: not valid YAML: month must be in 1..12"),
         ("name: &a [*a]\n", "FILE: nested too deeply"),
         ("name: " + "[" * 5000, "FILE: nested too deeply"),
-        ("", "FILE: expected 'key: value' lines, found NoneType"),
-        ("- a\n", "FILE: expected 'key: value' lines, found list"),
+        ("", "FILE: expected 'key: value' lines, found nothing"),
+        ("- a\n", "FILE: expected 'key: value' lines, found a list"),
     ],
 )
 def test_broken_yaml(tmp_path, text, start):
