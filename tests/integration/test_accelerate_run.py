@@ -82,7 +82,31 @@ def end_of(what: Callable[[], Any], seconds: float = 60) -> bool:
     return not what()
 
 
-# -- the same result, whatever is killed ---------------------------------------------------------------------------------
+# -- the same result --------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_what_one_does(tmp_path, tiny_model):
+    alone = trained(config(tmp_path / "alone", tiny_model, together=False))
+    together = trained(config(tmp_path / "together", tiny_model))
+    start = torch.cat([w.reshape(-1).double() for _, w in sorted(load_file(tiny_model / "model.safetensors").items())])
+    assert gap(weights(alone), start) > 1e-3  # it moved
+    assert gap(weights(together), weights(alone)) < 1e-5
+    one, two = (json.loads((s / "log.json").read_text()) for s in (alone, together))
+    assert [s["step"] for s in two["steps"]] == [1, 2, 3, 4]
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        for name in ("loss", "grad_norm", "learning_rate", "pairs/accuracy", "pairs/margin", "logps/chosen", "length/rejected"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+    assert two["guard"]["before"] == pytest.approx(one["guard"]["before"], rel=1e-5)
+    assert [p["chosen"] for p in two["guard"]["probes"]] == pytest.approx([p["chosen"] for p in one["guard"]["probes"]], rel=1e-4)
+    assert {**two["result"], "model": "", "loss": []} == {**one["result"], "model": "", "loss": []} | {
+        "accuracy": two["result"]["accuracy"]
+    }
+    assert not (together / "launch").exists()
+    assert not (together / "checkpoints").exists()
+    assert not children()
+
+
+# -- kills ------------------------------------------------------------------------------------------------------------
 
 
 def cli(folder: Path) -> subprocess.Popen[str]:
@@ -97,11 +121,10 @@ def cli(folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_two_processes_train_what_one_does_whatever_is_killed(tmp_path, tiny_model):
-    """From the last checkpoint each time."""
-    longer = {"epochs": 5}  # 10 steps; every session but the last is ended after its first checkpoint
-    alone = trained(config(tmp_path / "alone", tiny_model, together=False, **longer))
-    killed = config(tmp_path / "killed", tiny_model, **longer)
+def test_whatever_is_killed_training_goes_on_from_its_last_checkpoint(tmp_path, tiny_model):
+    lora = {"lora": {"r": 4}, "epochs": 5}  # 10 steps; every session but the last is ended after its first checkpoint
+    alone = trained(config(tmp_path / "alone", tiny_model, together=False, **lora))
+    killed = config(tmp_path / "killed", tiny_model, **lora)
     stage = data_stages(killed) / "6-train"
     (tmp_path / "killed/run.yaml").write_text(yaml.safe_dump(killed.model_dump(mode="json")))
 
@@ -137,22 +160,10 @@ def test_two_processes_train_what_one_does_whatever_is_killed(tmp_path, tiny_mod
     last = cli(tmp_path / "killed")
     _, err = last.communicate(timeout=300)
     assert last.returncode == 0, err
-    start = torch.cat([w.reshape(-1).double() for _, w in sorted(load_file(tiny_model / "model.safetensors").items())])
-    assert gap(weights(alone), start) > 1e-3  # it moved
     assert gap(weights(stage), weights(alone)) < 1e-5
     one, two = (json.loads((s / "log.json").read_text()) for s in (alone, stage))
     assert [s["step"] for s in two["steps"]] == list(range(1, 11))
-    for a, b in zip(one["steps"], two["steps"], strict=True):
-        for name in ("loss", "grad_norm", "learning_rate", "pairs/accuracy", "pairs/margin", "logps/chosen", "length/rejected"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
-    assert two["guard"]["before"] == pytest.approx(one["guard"]["before"], rel=1e-5)
-    assert [p["chosen"] for p in two["guard"]["probes"]] == pytest.approx([p["chosen"] for p in one["guard"]["probes"]], rel=1e-4)
-    assert {**two["result"], "model": "", "loss": []} == {**one["result"], "model": "", "loss": []} | {
-        "accuracy": two["result"]["accuracy"]
-    }
-    assert not (stage / "launch").exists()
-    assert not (stage / "checkpoints").exists()
-    assert not children()
+    assert [s["loss"] for s in two["steps"]] == pytest.approx([s["loss"] for s in one["steps"]], rel=1e-4)
 
 
 # -- training that fails ----------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_completions_come_one_by_one(pool: RayEngine):
 
 def test_a_call_that_loses_every_worker_ends_with_an_error(pool: RayEngine):
     """Short of memory, for example: the run ends with that, it does not wait for ever."""
-    with pytest.raises(EngineError, match=r"\d workers were lost on the same call\n  fix: short of memory"):
+    with pytest.raises(EngineError, match=r"[23] workers were lost on the same call\n  fix: short of memory"):
         for _ in pool.generate(requests(0, 40, limit=400)):  # at what each try has that was not there before
             for pid in workers():
                 os.kill(pid, signal.SIGKILL)

@@ -52,8 +52,8 @@ def check_vllm(config: EngineConfig) -> None:
 class VLLMEngine(TokenEngine):
     """Completions stream out as they finish; what prompts begin with alike runs once, also across calls.
 
-    Takes calls of several threads at the same time (`width`): sequences of the later ones run where those of the earlier have ended. With
-    two, places stayed empty where a part has few more sequences than run at a time.
+    Takes calls of several threads at the same time (`width`): sequences of the later ones run where those of the earlier have ended.
+    With only two, places stay empty where a part has few more sequences than run at a time.
 
     A completion depends on prompt and seed up to rounding: in bfloat16 the last bits depend on what runs beside it, and now and then they
     turn a token. prompt_tokens, cached_tokens: counted over all calls.

@@ -35,7 +35,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         q, k, v = _grouped(query, key.shape[1]), key.flatten(0, 1), value.flatten(0, 1)
         *_, group, width, dim = q.shape
-        out = _empty_like(query)
+        out = _empty_by_place(query)
         to, keys, kept = _grouped(out, key.shape[1]), (k.float() * scaling).transpose(1, 2), []
         scratch = torch.empty(len(k) * group * min(BLOCK, width) * width)
         later = torch.full((BLOCK, BLOCK), -torch.inf).triu(1)
@@ -58,7 +58,7 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, k, v, *kept = ctx.saved_tensors
-        d_query = _empty_like(query)
+        d_query = _empty_by_place(query)
         q, g, to = (_grouped(x, ctx.key_shape[1]) for x in (query, grad, d_query))
         d_key, d_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
         scratch = torch.empty(max(probs.numel() for probs in kept), dtype=q.dtype)
@@ -80,8 +80,8 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.view(rows, kv_heads, heads // kv_heads, width, dim)
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """(rows, heads, width, dim), in memory by place first, as tokens are."""
+def _empty_by_place(x: Tensor) -> Tensor:
+    """(rows, heads, width, dim) as `x`, in memory by place first, as tokens are."""
     return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spalign.training.tiles import KEPT, STRETCH, TILE
+from spalign.training.tiles import KEPT, STRETCH, TILE, slices
 
 _COLUMNS = 1024
 """Of the vocabulary, in `_outer`: what is turned over fits into the cache."""
@@ -46,7 +46,7 @@ class _TokenLogps(torch.autograd.Function):
         d_weight = d_bias = None
         if kept is not None:
             d_weight = _outer(kept, (hidden * grad[:, None]).to(kept.dtype)) if to_weight else None
-            d_bias = sum(grad[at] @ kept[at].float() for at in _slices(len(kept), 256)) if to_bias else None
+            d_bias = sum(grad[at] @ kept[at].float() for at in slices(len(kept), 256)) if to_bias else None
         elif to_weight or to_bias:  # tiles are added up in fp32, whatever they are computed in
             d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if to_weight else None
             d_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if to_bias else None
@@ -80,7 +80,7 @@ class _Head:
         self.weight, self.bias, self.scale, self.cap = weight.to(dtype), bias, scale, cap
         cpu = weight.device.type == "cpu"
         size = tokens if whole else min(tokens, max(1, TILE[cpu] // len(weight)))
-        self.tiles = _slices(tokens, size)
+        self.tiles = slices(tokens, size)
         self.stretch = min(size, max(1, STRETCH[cpu] // len(weight)))
         self.logits = torch.empty(self.stretch, len(weight), device=weight.device)
         self.products = torch.empty(size, len(weight), dtype=dtype, device=weight.device)
@@ -88,7 +88,7 @@ class _Head:
     def pull(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens,) log-probability of `target`, and (tokens, vocabulary) d logp / d (h W^T + b), which the next call overwrites."""
         out = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=self.products[: len(hidden)])
-        return torch.cat([self._turn(out[at], target[at]) for at in _slices(len(out), self.stretch)]), out
+        return torch.cat([self._turn(out[at], target[at]) for at in slices(len(out), self.stretch)]), out
 
     def _turn(self, products: Tensor, target: Tensor) -> Tensor:
         """Log-probabilities of `target` from products h W^T, which become pulls."""
@@ -120,13 +120,9 @@ def _outer(pulls: Tensor, hidden: Tensor) -> Tensor:
     if pulls.device.type != "cpu":
         return pulls.T @ hidden
     out, across = torch.empty(pulls.shape[1], hidden.shape[1], dtype=pulls.dtype), hidden.T.contiguous()
-    for at in _slices(pulls.shape[1], _COLUMNS):
+    for at in slices(pulls.shape[1], _COLUMNS):
         out[at] = (across @ pulls[:, at]).T
     return out
-
-
-def _slices(count: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def token_logps(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spalign.training.tiles import slices
+
 STRETCH = 1 << 18
 """Numbers (tokens times width) that are worked on at a time on a CPU: 1 MB in float32."""
 
@@ -78,5 +80,4 @@ class _Stretches(torch.autograd.Function):
 
 
 def _stretches(hidden: Tensor) -> list[slice]:
-    size = max(1, STRETCH // hidden.shape[-1])
-    return [slice(i, i + size) for i in range(0, len(hidden), size)]
+    return slices(len(hidden), max(1, STRETCH // hidden.shape[-1]))

@@ -1,4 +1,4 @@
-"""How much of the LM head's logits there is at a time, on a CPU and elsewhere: for the head itself and for the calculator."""
+"""How much there is at a time: of the LM head's logits, on a CPU and elsewhere, for the head itself and for the calculator."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ KEPT = {True: 1 << 28, False: 1 << 30}
 
 STRETCH = {True: 1 << 19, False: 1 << 27}
 """Logits that are in fp32 at a time: 2 MB, in a CPU's caches, and 512 MB."""
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """All of `count`, `size` at a time."""
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
